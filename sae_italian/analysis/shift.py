@@ -21,8 +21,8 @@ from sae_italian.base.report import OURS, REFERENCE, plain, save_result, shown, 
 from sae_italian.base.statistics import Estimate, interval
 from sae_italian.corpora import Reader, Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
-from sae_italian.corpora.rows import local_shards
-from sae_italian.corpora.stream import check_corpus
+from sae_italian.corpora.rows import MICRO_ITALIANO, local_shards
+from sae_italian.corpora.stream import check_corpus, mixture
 from sae_italian.evaluation.evaluate import (
     STATISTICS,
     TOKENS_PER_BATCH,
@@ -296,9 +296,9 @@ def _long_documents(
     """Yield the first window of each document that fills one. Raises: UsageError when none does."""
 
     def first_windows() -> Iterator[tuple[int, np.ndarray]]:
-        last = 0
+        last, in_vain = 0, IN_VAIN if MICRO_ITALIANO in mixture(corpus)[0] else float("inf")
         for number, document in enumerate(iter_documents(corpus, split, text_column=text_column)):
-            if number - last > IN_VAIN and "micro-italiano" in corpus:
+            if number - last > in_vain:
                 return
             if len(document.text) >= context:  # a token has at least one character
                 block = next(pack([document], model.tokenizer, context, windows_per_block=1), None)

@@ -24,7 +24,7 @@ from sae_italian.cache.shards import EncodeJob, encode_shard, pointers, share_to
 from sae_italian.cache.stats import write_statistics
 from sae_italian.corpora import Split
 from sae_italian.corpora.pretokenize import CachedActivations, holds_activations
-from sae_italian.corpora.stream import CorpusStream, Reader, check_corpus
+from sae_italian.corpora.stream import CorpusStream, Reader, check_corpus, check_ends
 from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits, weights_hash
 from sae_italian.saes.loading import full_name, open_sae
@@ -113,11 +113,10 @@ def build_caches(
     }
     manifests = [Manifest(sae=name, **sae_facts(sae), **shared) for sae, name in zip(saes, sae_names, strict=True)]
     how: Any = {"resume": resume, "overwrite": overwrite}
-    each = list(zip(folders, manifests, strict=True))
-    for folder, manifest in each:  # before the first of them is emptied
+    for folder, manifest in zip(folders, manifests, strict=True):  # before the first of them is emptied
         check_claim(folder, KIND, manifest.identity(), **how)
     with ExitStack() as stack:
-        manifests = [stack.enter_context(claimed_cache(*one, **how)) for one in each]
+        manifests = [stack.enter_context(claimed_cache(*one, **how)) for one in zip(folders, manifests, strict=True)]
         job = EncodeJob(tuple(folders), tuple(saes), model, manifests[0].windows_per_shard, cached)
         _build(job, manifests, run_units, at_most)
     return folders
@@ -125,8 +124,7 @@ def build_caches(
 
 def _identity(corpus: str, split: Split, text_column: str, n_tokens: int | None) -> str:
     """Return a hash of what decides the documents. Raises: UsageError, DataError for a corpus that cannot be cached."""
-    if n_tokens is None and "micro-italiano" in str(corpus):
-        raise UsageError("micro-italiano has no end: say how many tokens (--tokens).")
+    check_ends(corpus, n_tokens, "say how many tokens (--tokens)")
     check_corpus(corpus, text_column=text_column)
     return fingerprint(CorpusStream(corpus, Reader(split=split, text_column=text_column)).spec())
 

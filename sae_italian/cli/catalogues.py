@@ -212,8 +212,6 @@ def stats(
     from sae_italian.corpora.packing import corpus_stats, draw_histogram, text_histogram
     from sae_italian.corpora.stream import DocumentCounts
 
-    if not documents and corpus == MICRO:
-        raise UsageError(f"{MICRO} has no end: say how many documents (--documents).")
     tokenizer = sae_italian.load_tokenizer(model) if model else None
     reader, _ = _reader(words, text_column=text_column, italian=italian, deduplicate=deduplicate)
     result = corpus_stats(corpus, tokenizer, n=documents or None, reader=reader)

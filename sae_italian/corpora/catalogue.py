@@ -5,6 +5,7 @@ them when it streams: byte ranges, read ahead in blocks, each request repeated a
 asks for) when the network fails.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -113,12 +114,11 @@ def list_files(route: Route, name: str) -> tuple[str, dict[str, int]]:
 
 def route_of_url(url: str) -> Route:
     """Return the route that `hf://datasets/owner/name[@revision]/pattern` names."""
-    owner, _, rest = url.removeprefix(PREFIX).partition("/")
-    name, _, pattern = rest.partition("/")
-    if not url.startswith(PREFIX) or not pattern:
+    match = re.fullmatch(f"{PREFIX}([^/]+/[^/@]+)(?:@([^/]*))?/(.+)", url)
+    if match is None:
         raise UsageError(f"{url!r} is not of the form {PREFIX}owner/name[@revision]/pattern, e.g. .../*.parquet.")
-    name, _, revision = name.partition("@")
-    return Route(files=(pattern,), hub=f"{owner}/{name}", revision=revision.replace("%2F", "/") or "main")
+    hub, revision, pattern = match.groups()
+    return Route(files=(pattern,), hub=hub, revision=(revision or "main").replace("%2F", "/"))
 
 
 def open_file(url: str) -> Any:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int, Int32
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.report import OURS, svg
 from sae_italian.corpora.filters import language_of
-from sae_italian.corpora.stream import CorpusStream, Reader, TextDocument
+from sae_italian.corpora.stream import CorpusStream, Reader, TextDocument, check_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,8 +141,7 @@ def pack(
 
     Raises: UsageError when context_size leaves no room for text.
     """
-    packer = Packer(context_size, layout_of(tokenizer))
-    return packer.blocks(tokenised(documents, tokenizer), windows_per_block)
+    return Packer(context_size, layout_of(tokenizer)).blocks(tokenised(documents, tokenizer), windows_per_block)
 
 
 class Packer:
@@ -235,19 +234,16 @@ def take_tokens(
     seen = 0
     for block in blocks:
         wanted = -(-(n_tokens - seen) // block.tokens.shape[1])
-        if wanted < len(block.tokens):
-            arrays = {name: getattr(block, name)[:wanted] for name in ("tokens", "doc", "start", "end")}
-            block = block._replace(**arrays)
+        block = block._replace(**{name: getattr(block, name)[:wanted] for name in block._fields[:4]})
         seen += block.tokens.size
         yield block
         if seen >= n_tokens:
             return
-    if at_most:
-        return
-    raise UsageError(
-        f"{what} has about {seen:,} tokens, fewer than the {n_tokens:,} asked for. "
-        f"Ask for fewer (--tokens {seen}), or use more text."
-    )
+    if not at_most:
+        raise UsageError(
+            f"{what} has about {seen:,} tokens, fewer than the {n_tokens:,} asked for. "
+            f"Ask for fewer (--tokens {seen}), or use more text."
+        )
 
 
 # --- numbers of a corpus -----------------------------------------------------------------------------------------------
@@ -264,12 +260,12 @@ def corpus_stats(
     `histogram` counts documents by characters, in bins of a quarter of a power of ten.
     Raises: UsageError as `iter_documents`.
     """
+    check_ends(corpus, n, "say how many documents (--documents)")
     stream = CorpusStream(corpus, reader)
     lengths: list[int] = []
     sources, languages = Counter[str](), Counter[str]()
     n_words = n_tokens = n_typed = 0
-    special = "|".join(map(re.escape, tokenizer.all_special_tokens)) if tokenizer is not None else ""
-    typed = re.compile(special or "(?!)")
+    typed = re.compile("|".join(map(re.escape, getattr(tokenizer, "all_special_tokens", []))) or "(?!)")
     for batch in batched(islice(stream, n), 128):
         texts = [document.text for document in batch]
         languages.update(map(language_of, texts[-len(lengths) % LANGUAGE_EVERY :: LANGUAGE_EVERY]))
@@ -318,7 +314,6 @@ def draw_histogram(stats: dict[str, Any]) -> str:
         axes.bar(range(len(rows)), [row["documents"] for row in rows], color=OURS)
         axes.set_xticks(range(len(rows)), [f"{row['from']:,}" for row in rows], rotation=45)
         axes.set_title(f"{stats['corpus']}: {stats['documents']:,} documents")
-        axes.set_xlabel("characters in a document, from")
-        axes.set_ylabel("documents")
+        axes.set(xlabel="characters in a document, from", ylabel="documents")
 
     return svg(draw, 1, (7, 4))

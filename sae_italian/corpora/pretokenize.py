@@ -19,23 +19,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from sae_italian.base import pace
+from sae_italian.base import pace, storage
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import (
-    atomic_path,
-    claimed,
-    disk_errors,
-    fingerprint,
-    path_of,
-    read_json,
-    record_in,
-    understood,
-    utc_now,
-    write_json,
-)
 from sae_italian.corpora.packing import PackedBlock, Packer, layout_of, tokenised
-from sae_italian.corpora.rows import MICRO_ITALIANO, PRETOKENIZED
-from sae_italian.corpora.stream import CorpusStream, DocumentCounts, Reader, TextDocument
+from sae_italian.corpora.rows import PRETOKENIZED
+from sae_italian.corpora.stream import CorpusStream, DocumentCounts, Reader, TextDocument, check_ends
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +35,7 @@ TOKENS = "token_ids"  # a column of cached activations
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of the vocabulary: what two tokenizers must share to read each other's tokens."""
-    return fingerprint(tokenizer.get_vocab())
+    return storage.fingerprint(tokenizer.get_vocab())
 
 
 def pretokenize(
@@ -76,8 +64,7 @@ def pretokenize(
     for name, value in (("n_tokens", n_tokens), ("windows_per_shard", windows_per_shard)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; it must be 1 or more.")
-    if n_tokens is None and MICRO_ITALIANO in str(corpus):
-        raise UsageError(f"{MICRO_ITALIANO} has no end: say how many tokens (--tokens).")
+    check_ends(corpus, n_tokens, "say how many tokens (--tokens)")
     stream = CorpusStream(corpus, reader or Reader(split="train"))
     packer = Packer(context_size, layout_of(tokenizer, prepend_bos=prepend_bos, separator=separator))
     spec = {
@@ -88,7 +75,7 @@ def pretokenize(
         "n_tokens": n_tokens,
         "windows_per_shard": windows_per_shard,
     }
-    with claimed(out, "pretokenize", spec, resume=resume, overwrite=overwrite):
+    with storage.claimed(out, "pretokenize", spec, resume=resume, overwrite=overwrite):
         shards = _write(out, stream, packer, tokenizer, windows_per_shard, n_tokens)
         described = {
             "begin_batch_token": "bos" if prepend_bos else None,
@@ -109,8 +96,8 @@ def _write(
     """
     progress: dict[str, Any] = {"shards": [], "finished": False}
     if (out / PRETOKENIZED).is_file():
-        with understood(out / PRETOKENIZED, "Start again with --overwrite."):
-            progress = read_json(out / PRETOKENIZED)
+        with storage.understood(out / PRETOKENIZED, "Start again with --overwrite."):
+            progress = storage.read_json(out / PRETOKENIZED)
             stream.load_state(progress["position"])
             packer.load(progress["packer"])
         if progress["shards"] and stream.sieve.blooms and not progress["finished"]:
@@ -128,16 +115,16 @@ def _write(
             finished = batch is None or n_windows == left
             if not finished and n_windows < windows_per_shard:
                 continue
-            with disk_errors(out, f"{number} finished shards are kept."):
+            with storage.disk_errors(out, f"{number} finished shards are kept."):
                 if n_windows:
                     shards.append(_write_block(out, number, packer.take(n_windows)))
                     if stream.sieve.blooms:
-                        with atomic_path(out / f"seen-{number:05d}.npz") as temporary:
+                        with storage.atomic_path(out / f"seen-{number:05d}.npz") as temporary:
                             stream.sieve.save(temporary)
                     bar.update(n_windows)
-                progress = {"context_size": packer.context_size, "finished": finished, "updated": utc_now()}
+                progress = {"context_size": packer.context_size, "finished": finished, "updated": storage.utc_now()}
                 position = {"shards": shards, "position": stream.state(), "packer": packer.state()}
-                write_json(out / PRETOKENIZED, progress | position)
+                storage.write_json(out / PRETOKENIZED, progress | position)
                 (out / f"seen-{number - 1:05d}.npz").unlink(missing_ok=True)
     if not shards:
         raise UsageError(
@@ -157,12 +144,12 @@ def _describe(
     config = PretokenizeRunnerConfig(**names, split=reader.split, shuffle=False, seed=reader.seed, **described)
     info = {"citation": "", "description": "", "features": _features().to_dict(), "homepage": "", "license": ""}
     files = [{"filename": f"data-{i:05d}.arrow"} for i in range(len(shards))]
-    state = {"_data_files": files, "_fingerprint": fingerprint(shards), "_format_columns": ["input_ids"]}
+    state = {"_data_files": files, "_fingerprint": storage.fingerprint(shards), "_format_columns": ["input_ids"]}
     state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
-    write_json(out / SAELENS_FILE, metadata_from_config(config).__dict__)
-    write_json(out / "counts.json", stream.counts.as_dict())
-    write_json(out / "dataset_info.json", info)
-    write_json(out / "state.json", state)
+    storage.write_json(out / SAELENS_FILE, metadata_from_config(config).__dict__)
+    storage.write_json(out / "counts.json", stream.counts.as_dict())
+    storage.write_json(out / "dataset_info.json", info)
+    storage.write_json(out / "state.json", state)
 
 
 def _features() -> Any:
@@ -182,22 +169,22 @@ def _write_block(out: Path, number: int, block: PackedBlock) -> dict[str, int]:
     lists = pa.ListArray.from_arrays(offsets, pa.array(block.tokens.astype(np.int32).ravel()))
     table = pa.Table.from_arrays([lists], schema=_features().arrow_schema)
     with (
-        atomic_path(out / f"data-{number:05d}.arrow") as temporary,
+        storage.atomic_path(out / f"data-{number:05d}.arrow") as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_stream(sink, table.schema) as writer,
     ):
         writer.write_table(table, max_chunksize=1024)
-    with atomic_path(out / f"spans-{number:05d}.npy") as temporary, temporary.open("wb") as handle:
+    with storage.atomic_path(out / f"spans-{number:05d}.npy") as temporary, temporary.open("wb") as handle:
         np.save(handle, np.stack([block.doc, block.start, block.end]).astype(np.uint32))
     columns = {key: pa.array([getattr(d, key) for d in block.documents], pa.string()) for key in TextDocument._fields}
-    with atomic_path(out / f"documents-{number:05d}.parquet") as temporary:
+    with storage.atomic_path(out / f"documents-{number:05d}.parquet") as temporary:
         pq.write_table(pa.table(columns), temporary, compression="zstd", row_group_size=1024)
     return {"windows": len(block.tokens), "documents": len(block.documents), "first_document": block.first_doc}
 
 
 def is_pretokenized(corpus: str | Path) -> bool:
     """Return whether a path is a folder of packed tokens: ours, finished or not, or SAELens' own."""
-    folder = path_of(corpus)
+    folder = storage.path_of(corpus)
     return (folder / PRETOKENIZED).is_file() or (folder / SAELENS_FILE).is_file()
 
 
@@ -226,27 +213,25 @@ class PretokenizedCorpus(MappedWindows):
 
     SAELens' own folders, as its PretokenizeRunner saves them, hold no documents and no split of ours: all of their text
     counts as training text.
-    Raises: UsageError for another folder; DataError when it is not finished, or a file is missing or damaged.
+    Raises: DataError when it is not finished, or a file is missing or damaged.
     """
 
     def __init__(self, folder: str | Path):
         from datasets import load_from_disk
 
-        self.folder = path_of(folder)
-        if not is_pretokenized(self.folder):
-            raise UsageError(f"{folder} holds no pretokenised corpus; make one with `sae-italian corpora pretokenize`.")
+        self.folder = storage.path_of(folder)
         if not (self.folder / "state.json").is_file():
             raise DataError(f"{folder} is not finished: run the same `corpora pretokenize` with --resume.")
-        with understood(self.folder, "Make the folder again.", OSError, pa.ArrowException):
-            metadata = read_json(self.folder / SAELENS_FILE)
+        with storage.understood(self.folder, "Make the folder again.", OSError, pa.ArrowException):
+            metadata = storage.read_json(self.folder / SAELENS_FILE)
             self.context_size, self.made_with = metadata["context_size"], Path(metadata["tokenizer_name"]).name
             self.table = load_from_disk(self.folder).with_format("numpy", columns=["input_ids"])
             self.windows(0, min(1, len(self.table)))
             self.split, self.tokenizer, said = "train", "", len(self)
             if (self.folder / PRETOKENIZED).is_file():
-                spec = record_in(self.folder)["spec"]
+                spec = storage.record_in(self.folder)["spec"]
                 self.split, self.tokenizer = spec["corpus"]["split"], spec["tokenizer"]
-                said = sum(shard["windows"] for shard in read_json(self.folder / PRETOKENIZED)["shards"])
+                said = sum(shard["windows"] for shard in storage.read_json(self.folder / PRETOKENIZED)["shards"])
             if said != len(self):
                 raise DataError(f"{folder} holds {len(self)} windows; it had {said}. Make the folder again.")
 
@@ -259,9 +244,7 @@ class PretokenizedCorpus(MappedWindows):
     @property
     def counts(self) -> DocumentCounts:
         """What a folder of ours kept and dropped."""
-        file = self.folder / "counts.json"
-        with understood(file, "Make the folder again."):
-            return DocumentCounts(read_json(file))
+        return DocumentCounts(storage.read_json(self.folder / "counts.json"))
 
 
 # --- SAELens' cached activations ---------------------------------------------------------------------------------------
@@ -269,9 +252,9 @@ class PretokenizedCorpus(MappedWindows):
 
 def holds_activations(folder: str | Path) -> bool:
     """Return whether a path is a folder that CacheActivationsRunner wrote."""
-    file = path_of(folder) / "dataset_info.json"
-    with understood(file):
-        return file.is_file() and TOKENS in (read_json(file).get("features") or {})
+    file = storage.path_of(folder) / "dataset_info.json"
+    with storage.understood(file):
+        return file.is_file() and TOKENS in (storage.read_json(file).get("features") or {})
 
 
 class CachedActivations(MappedWindows):
@@ -291,7 +274,7 @@ class CachedActivations(MappedWindows):
 
         where, made = f"cached_activations_path {str(folder)!r}", "SAELens' CacheActivationsRunner makes them."
         try:
-            rows: Any = load_from_disk(path_of(folder).resolve())  # a worker may be elsewhere
+            rows: Any = load_from_disk(storage.path_of(folder).resolve())  # a worker may be elsewhere
         except Exception as error:  # of datasets, Arrow, JSON and the system
             why = " ".join(str(error).split())
             raise UsageError(f"{where} holds no activations ({why:.200}). {made}") from error

@@ -12,6 +12,8 @@ uninterrupted one would have yielded from there.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,6 +31,9 @@ from sae_italian.corpora.rows import MICRO_ITALIANO, Broken, is_held_out
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+
+_WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\*(.+)", re.IGNORECASE)  # as `0.7*name`
 
 
 class TextDocument(NamedTuple):
@@ -157,16 +162,16 @@ class _Part:
 
 
 def mixture(corpus: str) -> tuple[list[str], list[float] | None]:
-    """Split `0.7*a,0.3*b`; the weights are shares of the documents, and are None when none is given."""
-    names, weights = [], []
-    for part in corpus.split(","):
-        head, star, tail = part.strip().partition("*")
-        try:
-            weight = float(head) if star and tail else None
-        except ValueError:
-            weight = None  # a star in a file's name
-        names.append(part.strip() if weight is None else tail.strip())
-        weights.append(weight)
+    """Split `0.7*a,0.3*b`; the weights are shares of the documents, and are None when none is given.
+
+    What lies on this disk under the whole name is one corpus, with its commas.
+    """
+    if os.path.exists(os.path.expanduser(corpus)):  # noqa: PTH110, PTH111  # says no to a list too long for a name
+        return [corpus], None
+    parts = [part.strip() for part in corpus.split(",")]
+    found = [_WEIGHTED.fullmatch(part) for part in parts]
+    names = [match[2].strip() if match else part for match, part in zip(found, parts, strict=True)]
+    weights: list[Any] = [float(match[1]) if match else None for match in found]
     if len(names) == 1 or all(weight is None for weight in weights):
         return names, None
     for name, weight in zip(names, weights, strict=True):
@@ -175,6 +180,12 @@ def mixture(corpus: str) -> tuple[list[str], list[float] | None]:
                 f"mixture {corpus!r}: {name!r} needs a weight above 0, as in 0.7*wikipedia-it,0.3*notizie.jsonl."
             )
     return names, weights
+
+
+def check_ends(corpus: str | Path, asked: int | None, remedy: str) -> None:
+    """Raise UsageError, with what to do, where all (None) of MicroItaliano is asked for, or of a mixture with it."""
+    if asked is None and MICRO_ITALIANO in mixture(str(corpus))[0]:
+        raise UsageError(f"{MICRO_ITALIANO} has no end: {remedy}.")
 
 
 class CorpusStream:
@@ -188,6 +199,8 @@ class CorpusStream:
     def __init__(self, corpus: str | Path, reader: Reader | None = None):
         self.corpus, self.reader, self.counts = str(corpus), reader or Reader(), DocumentCounts()
         names, self.weights = mixture(self.corpus)
+        if not all(names):  # an empty path is the working folder
+            raise UsageError(f"corpus {self.corpus!r} lacks a name: one, or some with commas between, were expected.")
         self.parts = [_Part(name, self.reader, self.counts) for name in names]
         self.sieve = Sieve(self.reader)
         self.n_picks = self.turn = 0
@@ -300,8 +313,7 @@ def load_corpus(
     arguments: dict[str, Any] = {"corpus": str(corpus), "reader": reader, "limit": limit}
     if streaming:
         return IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
-    if limit is None and MICRO_ITALIANO in str(corpus):
-        raise UsageError(f"{MICRO_ITALIANO} has no end: give a limit, or stream it.")
+    check_ends(corpus, limit, "give a limit, or stream it")
     key = fingerprint([CorpusStream(corpus, reader).spec(), limit, reader.seed])
     table: Any = Dataset.from_generator(_rows, features=features, gen_kwargs=arguments | {"version": key})
     return table

@@ -11,6 +11,7 @@ import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.corpora import iter_documents, load_corpus
+from sae_italian.corpora.packing import corpus_stats
 from sae_italian.corpora.rows import read_rows
 from sae_italian.corpora.stream import CorpusStream, Reader, check_corpus
 from tests.corpora.hub_stand_in import parquet
@@ -321,6 +322,32 @@ def test_an_endless_paragraph_is_not_held_in_memory(tmp_path, monkeypatch):
     found, counts = read(tmp_path / "a.txt", on_broken="skip", max_chars=900)
     assert found == ["tre"] and counts.dropped == {"too_long": 1}
     assert len(read(tmp_path / "a.txt")[0][0]) < 1200
+
+
+@pytest.mark.parametrize("corpus", ["", "a.txt,", ",a.txt", "a.txt,,a.txt"])
+def test_a_name_that_is_missing_is_not_the_working_folder(tmp_path, monkeypatch, corpus):
+    """All text below it was read for the nothing behind a comma."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("uno")
+    (tmp_path / "segreto.txt").write_text("due")
+    with pytest.raises(UsageError, match="lacks a name"):
+        CorpusStream(corpus)
+
+
+def test_a_file_may_have_a_comma_in_its_path_and_micro_italiano_in_its_name(tmp_path):
+    folder = tmp_path / "testi, 2*vari"
+    folder.mkdir()
+    file = folder / "micro-italiano.txt"
+    file.write_text("uno\n\ndue\n")
+    for corpus in (folder, file, str(file)):
+        assert read(corpus)[0] == ["uno", "due"]
+    assert len(load_corpus(file, "all", streaming=False)) == 2  # which has an end
+
+
+def test_a_mixture_with_micro_italiano_has_no_end_either(tmp_path):
+    (tmp_path / "a.txt").write_text("uno")
+    with pytest.raises(UsageError, match="has no end: say how many documents"):
+        corpus_stats(f"micro-italiano,{tmp_path / 'a.txt'}", None, n=None)
 
 
 def test_a_file_name_that_is_not_utf_8_gives_ids_that_are(tmp_path):
