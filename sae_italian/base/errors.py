@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from numbers import Real
 
 
 class SaeItalianError(Exception):
@@ -20,12 +21,17 @@ class DataError(UsageError):
     """A file on disk does not say what its manifest, its header or its neighbour says."""
 
 
-def nearest(name: str, options: Iterable[str], limit: int = 8) -> str:
+def check_whole(least: int, **given: object) -> None:
+    """Raise UsageError for a setting that is below `least`, or no whole number; None is none given."""
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, Real) and not value < least and value % 1 == 0):
+            raise UsageError(f"{name} is {value!r}; it must be {least} or more, a whole number.")
+
+
+def nearest(name: object, options: Iterable[str], limit: int = 8) -> str:
     """Return the end of an error message: the nearest valid name, or the valid ones when none is near."""
-    options = list(dict.fromkeys(options))
-    lower = {option.lower(): option for option in options}
-    matches = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.5)
-    if matches:
-        return f"Did you mean {lower[matches[0]]!r}?"
-    shown = ", ".join(options[:limit]) + (", ..." if len(options) > limit else "")
+    known = {option.lower(): option for option in options}
+    if matches := difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5):
+        return f"Did you mean {known[matches[0]]!r}?"
+    shown = ", ".join(list(known.values())[:limit]) + (", ..." if len(known) > limit else "")
     return f"Valid: {shown}."

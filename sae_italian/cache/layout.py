@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Int
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -45,11 +45,7 @@ Size = Annotated[int, Field(ge=1, le=2**31)]
 Number = Annotated[int, Field(ge=0, le=2**62)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ShardRecord(_Record):
+class ShardRecord(BaseModel, extra="forbid"):
     """One shard: its tokens are written when the manifest names it, its activations when `sha256` names their file."""
 
     index: Number
@@ -64,7 +60,7 @@ class ShardRecord(_Record):
         return shard_file("acts", self.index) in self.sha256
 
 
-class LatentRange(_Record):
+class LatentRange(BaseModel, extra="forbid"):
     """One finished file of the latent-major part; `last` is inclusive."""
 
     first: Number
@@ -81,7 +77,7 @@ def _total(name: str) -> Any:
     return property(lambda self: sum(getattr(shard, name) for shard in self.shards))
 
 
-class Manifest(_Record):
+class Manifest(BaseModel, extra="forbid"):
     """Everything a reader must know, and everything that decides the bytes of the cache."""
 
     schema_version: int = SCHEMA_VERSION

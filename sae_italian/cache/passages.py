@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, check_whole, nearest
 from sae_italian.base.report import OURS, Picture, framed, svg
 from sae_italian.corpora.packing import NO_DOCUMENT
 
@@ -150,6 +150,8 @@ class LatentActivations:
         """
         if kind not in KINDS:
             raise UsageError(f"window kind {kind!r} is unknown. {nearest(kind, KINDS)}")
+        check_whole(0, n=n, seed=seed)
+        check_whole(1, width=width, bins=bins)
         rng = np.random.default_rng([seed, self.latent, KINDS.index(kind)])
         if kind == "top":
             start = _top(self, n, width)

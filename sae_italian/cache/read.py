@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -180,8 +181,10 @@ class FeatureCache:
         return arrays[name][begin:end].tobytes().decode("utf-8", "surrogatepass")
 
     def document(self, index: int) -> TextDocument:
-        if not 0 <= index < self.n_documents:
-            raise UsageError(f"document {index} does not exist: this cache has documents 0 to {self.n_documents - 1}.")
+        if not (isinstance(index, Integral) and 0 <= index < self.n_documents):
+            raise UsageError(
+                f"document {index!r} does not exist: this cache has documents 0 to {self.n_documents - 1}."
+            )
         return TextDocument(*(self._string(name, index) for name in ("text", "doc_id", "source")))
 
     def documents_read(self) -> int:
@@ -221,8 +224,8 @@ class FeatureCache:
 
     def range_of(self, latent: int) -> LatentRange:
         """Return the range of latents that holds one. Raises: UsageError when there is no such latent."""
-        if not 0 <= latent < self.manifest.d_sae:
-            raise UsageError(f"latent {latent} does not exist: this SAE has latents 0 to {self.manifest.d_sae - 1}.")
+        if not (isinstance(latent, Integral) and 0 <= latent < self.manifest.d_sae):
+            raise UsageError(f"latent {latent!r} does not exist: this SAE has latents 0 to {self.manifest.d_sae - 1}.")
         return self.manifest.ranges[bisect_right(self._firsts, latent) - 1]
 
     def latent(self, latent: int) -> LatentActivations:

@@ -111,8 +111,7 @@ def share_tokens(source: Path, shards: list[ShardRecord], out: Path, manifest: M
             os.link(source / file, out / file)
         except OSError:
             shutil.copyfile(source / file, out / file)
-        unencoded = {"nnz": 0, "n_wide": 0, "sha256": {file: shard.sha256[file]}}
-        manifest.shards.append(shard.model_copy(update=unencoded))
+        manifest.shards.append(shard.model_copy(update={"nnz": 0, "n_wide": 0, "sha256": {file: shard.sha256[file]}}))
     manifest.tokens_complete = True
     manifest.save(out)
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import UInt64
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, check_whole, nearest
 
 LANGUAGE_CHARS = 2000  # of a document's beginning, enough to tell its language
 MIN_ITALIAN_CHARS = 20  # below, no detector knows; kept
@@ -67,9 +67,8 @@ class Reader:
     """The longest document, in characters."""
 
     def __post_init__(self) -> None:
-        for name, least in (("min_chars", 0), ("capacity", 1), ("max_chars", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
+        check_whole(0, min_chars=self.min_chars)
+        check_whole(1, capacity=self.capacity, max_chars=self.max_chars)
         for name, known in (("split", get_args(Split)), ("on_broken", ("refuse", "skip"))):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} {getattr(self, name)!r} is unknown. {nearest(getattr(self, name), known)}")
@@ -133,8 +132,8 @@ class Sieve:
             return "too_short"
         if self.reader.italian and not is_italian(text):
             return "not_italian"
-        words = " ".join(text.split()).encode("utf-8", "surrogatepass")  # whatever white space is between them
-        if self.reader.duplicates and self.blooms["exact"].seen(_keys([words])):
+        # whatever white space is between the words
+        if self.reader.duplicates and self.blooms["exact"].seen(_keys([" ".join(text.split()).encode()])):
             return "duplicate"
         if self.reader.near_duplicates and self.blooms["near"].seen(near_keys(text)):
             return "near_duplicate"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, check_whole, nearest
 from sae_italian.base.report import OURS, svg
 from sae_italian.corpora.filters import language_of
 from sae_italian.corpora.stream import CorpusStream, Reader, TextDocument, check_ends
@@ -231,6 +231,7 @@ def take_tokens(
 
     Raises: UsageError when the blocks end before, unless `at_most`.
     """
+    check_whole(1, n_tokens=n_tokens)
     seen = 0
     for block in blocks:
         wanted = -(-(n_tokens - seen) // block.tokens.shape[1])
@@ -260,6 +261,7 @@ def corpus_stats(
     `histogram` counts documents by characters, in bins of a quarter of a power of ten.
     Raises: UsageError as `iter_documents`.
     """
+    check_whole(1, documents=n)
     check_ends(corpus, n, "say how many documents (--documents)")
     stream = CorpusStream(corpus, reader)
     lengths: list[int] = []

@@ -20,7 +20,7 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from sae_italian.base import pace, storage
-from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError, check_whole
 from sae_italian.corpora.packing import PackedBlock, Packer, layout_of, tokenised
 from sae_italian.corpora.rows import PRETOKENIZED
 from sae_italian.corpora.stream import CorpusStream, DocumentCounts, Reader, TextDocument, check_ends
@@ -61,9 +61,7 @@ def pretokenize(
     window, and a full disk, in which case the finished shards are kept and `resume=True` goes on.
     """
     out = Path(out)
-    for name, value in (("n_tokens", n_tokens), ("windows_per_shard", windows_per_shard)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}; it must be 1 or more.")
+    check_whole(1, n_tokens=n_tokens, windows_per_shard=windows_per_shard)
     check_ends(corpus, n_tokens, "say how many tokens (--tokens)")
     stream = CorpusStream(corpus, reader or Reader(split="train"))
     packer = Packer(context_size, layout_of(tokenizer, prepend_bos=prepend_bos, separator=separator))

@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.labels import kinds_of, read_word, read_words
 from sae_italian.cli import main
 
@@ -64,3 +64,9 @@ def test_every_command_answers_in_one_line(capsys, tmp_path, monkeypatch, comman
     assert main([*command, f"{key}={value}"]) == 2
     said = capsys.readouterr().err
     assert key in said and said.count("\n") == 1 and len(said) < 700
+
+
+@pytest.mark.parametrize("given", [40, None, ["top"], 2.5])
+def test_what_is_no_text_is_looked_for_as_one(given):
+    """A number where a name is meant died in `difflib`."""
+    assert nearest(given, ["random", "silent"]) == "Valid: random, silent."

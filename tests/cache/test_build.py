@@ -274,3 +274,12 @@ def test_cached_activations_that_do_not_fit_are_named(mini, cached_activations, 
     ):
         with pytest.raises(UsageError, match=message):
             build_cache(sae, mini, str(cached_activations), tmp_path / "c", **{"n_tokens": None, **how})
+
+
+@pytest.mark.parametrize("name", ["n_tokens", "context_size", "windows_per_shard"])
+@pytest.mark.parametrize("value", [0, -500, "8"])
+def test_sizes_that_cannot_be(mini, tmp_path, name, value):
+    """A negative number of tokens ended as a finished cache of a few windows."""
+    with pytest.raises(UsageError, match=f"{name} is {value!r}; it must be 1 or more"):
+        build_cache(topk(1), mini, "micro-italiano", tmp_path / "c", **{**OPTIONS, name: value})
+    assert not (tmp_path / "c").exists()

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from sae_italian.base.errors import UsageError
 from sae_italian.cache import FeatureCache, stats
 from sae_italian.cache.passages import contents, segment_starts
 from sae_italian.cache.shards import run_starts
@@ -121,3 +122,28 @@ def test_latents_that_fire_together_are_the_same_in_blocks_of_any_size(cache, mo
 def test_a_latents_picture_says_what_its_axes_are(cache):
     said = set(re.findall(r">([^<>]+)</text>", cache.latent(1).plot()))
     assert {"activation", "tokens", "token of the cache"} <= said
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"kind": 40}, "kind 40 is unknown. Valid: top, quantiles"),
+        ({"n": -1}, "n is -1; it must be 0 or more"),
+        ({"n": "3"}, "n is '3'; it must be 0 or more, a whole number"),
+        ({"width": 0}, "width is 0; it must be 1 or more"),
+        ({"kind": "quantiles", "bins": 0}, "bins is 0; it must be 1 or more"),
+        ({"seed": -1}, "seed is -1; it must be 0 or more"),
+    ],
+)
+def test_windows_that_cannot_be(cache, asked, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        cache.latent(1).windows(**asked)
+
+
+@pytest.mark.parametrize("number", ["1", 1.5, None, -1, 10**9, np.float32(1)])
+def test_a_latent_or_document_that_cannot_be(cache, number):
+    with pytest.raises(UsageError, match="latent .* does not exist: this SAE has latents 0 to 4"):
+        cache.latent(number)
+    with pytest.raises(UsageError, match="document .* does not exist: this cache has documents 0 to 4"):
+        cache.document(number)
+    assert len(cache.latent(np.uint8(1))) == 6

@@ -348,6 +348,9 @@ def test_a_mixture_with_micro_italiano_has_no_end_either(tmp_path):
     (tmp_path / "a.txt").write_text("uno")
     with pytest.raises(UsageError, match="has no end: say how many documents"):
         corpus_stats(f"micro-italiano,{tmp_path / 'a.txt'}", None, n=None)
+    for n in (0, -1, "3", 2.5, float("nan")):
+        with pytest.raises(UsageError, match="documents is .*; it must be 1 or more, a whole number"):
+            corpus_stats(tmp_path / "a.txt", None, n=n)  # pyright: ignore
 
 
 def test_a_file_name_that_is_not_utf_8_gives_ids_that_are(tmp_path):
