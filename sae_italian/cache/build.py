@@ -17,7 +17,7 @@ import numpy as np
 
 from sae_italian.base.errors import UsageError, check_whole
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import check_claim, claimed, fingerprint, package_versions, remove
+from sae_italian.base.storage import check_claim, claimed, fingerprint, package_versions, path_of, remove
 from sae_italian.cache import layout
 from sae_italian.cache.layout import LatentRange, Manifest, full_values, map_arrays, shard_file, write_arrays
 from sae_italian.cache.shards import EncodeJob, encode_shard, pointers, share_tokens, write_token_shards
@@ -86,7 +86,7 @@ def build_caches(
     `outs` holds another run or is being written by another process; DataError for a row without text.
     """
     check_whole(1, n_tokens=n_tokens, context_size=context_size, windows_per_shard=windows_per_shard)
-    folders, sae_names = [Path(out) for out in outs], sae_names or ["in memory"] * len(saes)
+    folders, sae_names = [path_of(out) for out in outs], sae_names or ["in memory"] * len(saes)
     if not saes or not len(saes) == len(folders) == len(sae_names) == len({path.resolve() for path in folders}):
         raise UsageError(f"{len(saes)} SAEs need as many different folders; {len(set(folders))} were given.")
     for sae in saes:

@@ -37,7 +37,7 @@ from jaxtyping import Int
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import atomic_path, claimed, fingerprint, package_versions, read_json, write_text
+from sae_italian.base.storage import atomic_path, claimed, fingerprint, package_versions, path_of, read_json, write_text
 from sae_italian.cache.build import as_they_come, claimed_cache, default_windows, finish_cache, sae_facts
 from sae_italian.cache.layout import FP16_MAX, Manifest, map_arrays, tokenizer_hash, write_arrays
 from sae_italian.cache.read import FeatureCache
@@ -74,7 +74,7 @@ def export_delphi(
     share = manifest.nnz * (last - first + 1) // manifest.d_sae
     default = min(last - first + 1, max(MIN_SPLITS, -(-share // NON_ZEROS_PER_SPLIT)))
     bounds = split_bounds(first, last, n_splits or default)
-    folder = Path(out) / (hookpoint or _spelled(manifest.hook_name, "llama_path"))
+    folder = path_of(out) / (hookpoint or _spelled(manifest.hook_name, "llama_path"))
     spec = {"manifest": manifest.identity(), "latents": [first, last], "splits": bounds}
     with claimed(folder, "Delphi export", spec, resume=resume, overwrite=overwrite):
         for begin, end in progress("Delphi splits", bounds, unit="split"):
@@ -148,7 +148,7 @@ def export_rows(
 
     Raises: UsageError for an unfinished cache, latents that do not exist, and when the folder holds another run.
     """
-    opened, out = FeatureCache.open(cache), Path(out)
+    opened, out = FeatureCache.open(cache), path_of(out)
     manifest = opened.manifest
     first, last = manifest.latent_bounds(latents)
     spec = {"manifest": manifest.identity(), "latents": [first, last]}
@@ -191,8 +191,7 @@ def _windows(cache: FeatureCache) -> Iterator[Any]:
 
     for shard in cache.manifest.shards:
         arrays = cache.shard_tokens(shard.index)
-        shape = (shard.n_windows, cache.manifest.context_size)
-        yield pa.table({name: arrow(arrays[name].astype(np.uint32).reshape(shape)) for name in PER_TOKEN})
+        yield pa.table({name: arrow(arrays[name].astype("u4").reshape(shard.n_windows, -1)) for name in PER_TOKEN})
 
 
 def _documents(cache: FeatureCache) -> Iterator[Any]:
@@ -286,7 +285,7 @@ def import_delphi(
     have no text. With `sae` and `model` the statistics hold decoder neighbours and promoted tokens.
     Raises: UsageError when `source` is no Delphi cache or does not fit; DataError naming a damaged or mismatched file.
     """
-    source, out = Path(source), Path(out)
+    source, out = path_of(source), path_of(out)
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
     splits, config = find_splits(source), _config(source)
     tokens, d_sae = _tokens(splits, config, source), splits[-1].last + 1

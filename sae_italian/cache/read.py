@@ -21,6 +21,7 @@ from jaxtyping import Int
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import OURS, Picture, framed, svg
+from sae_italian.base.storage import path_of
 from sae_italian.cache import layout
 from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values, map_arrays, shard_file
 from sae_italian.cache.passages import LatentActivations
@@ -97,7 +98,7 @@ class FeatureCache:
         Raises: UsageError when `folder` is no finished cache or does not match, DataError naming a missing file, and with
         `check` a damaged one; without, a damaged file is refused when it is first read.
         """
-        folder = Path(folder)
+        folder = path_of(folder)
         manifest = Manifest.load(folder)
         if not manifest.complete:
             raise UsageError(f"{folder} is an unfinished cache; run `sae-italian cache build` again with --resume.")

@@ -60,7 +60,7 @@ def pretokenize(
     Raises: UsageError for settings that cannot work, a folder that holds something else, a corpus without one full
     window, and a full disk, in which case the finished shards are kept and `resume=True` goes on.
     """
-    out = Path(out)
+    out = storage.path_of(out)
     check_whole(1, n_tokens=n_tokens, windows_per_shard=windows_per_shard)
     check_ends(corpus, n_tokens, "say how many tokens (--tokens)")
     stream = CorpusStream(corpus, reader or Reader(split="train"))

@@ -18,6 +18,7 @@ import torch
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest, build_cache, build_caches, layout, shards
 from sae_italian.cache import build as build_module
+from sae_italian.cache.exchange import export_delphi, export_rows, import_delphi
 from sae_italian.cli import main
 from sae_italian.corpora import iter_documents
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -283,3 +284,15 @@ def test_sizes_that_cannot_be(mini, tmp_path, name, value):
     with pytest.raises(UsageError, match=f"{name} is {value!r}; it must be 1 or more"):
         build_cache(topk(1), mini, "micro-italiano", tmp_path / "c", **{**OPTIONS, name: value})
     assert not (tmp_path / "c").exists()
+
+
+def test_home_is_found_where_no_shell_replaced_it(mini, tmp_path, monkeypatch):
+    """The build died at its last file, which pyarrow wrote to the home, all else to a folder called `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    out = build_cache(topk(1), mini, "micro-italiano", "~/c", n_tokens=1000)
+    assert out == tmp_path / "home" / "c" and FeatureCache.open("~/c", check=True).n_positions == 1024
+    assert export_rows("~/c", "~/rows").parent == out.parent
+    delphi = export_delphi("~/c", "~/delphi")
+    assert import_delphi(f"~/delphi/{delphi.name}", "~/back").folder == tmp_path / "home" / "back"
+    assert not (tmp_path / "~").exists()
