@@ -83,14 +83,14 @@ def catalogue() -> dict[str, ModelEntry]:
     return {name: ModelEntry(name=name, **fields) for name, fields in entries.items()}
 
 
-def resolve(name: str) -> ResolvedModel:
+def resolve(name: str | Path) -> ResolvedModel:
     """Resolve an alias (any case), a hub id `owner/name`, or a local folder that holds a config.json.
 
     `name@revision` pins a branch, tag or commit of a hub repository. A `.gguf` file is converted at its first use; what
     was imported under a name is found by it.
     Raises: UsageError for anything else, with the nearest known name; as `import_gguf` for a GGUF file.
     """
-    wanted = name.strip()
+    wanted = str(name).strip()
     folder, is_path = storage.path_of(wanted), wanted.startswith((".", "/", "~"))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -119,7 +119,7 @@ def resolve(name: str) -> ResolvedModel:
     raise UsageError(f"model {name!r} is neither a known name, a hub id nor a folder. {nearest(wanted, known)}")
 
 
-def resolved_here(name: str) -> ResolvedModel | None:
+def resolved_here(name: str | Path) -> ResolvedModel | None:
     """Return what `resolve` does, None where a name means nothing here, such as that of a folder on another machine."""
     try:
         return resolve(name)

@@ -82,7 +82,7 @@ def load_model(
     return model
 
 
-def load_model_config(name: str) -> PreTrainedConfig:
+def load_model_config(name: str | Path) -> PreTrainedConfig:
     """Return the model's configuration without its weights.
 
     Raises: UsageError as `load_model`, and for a model that has no one width.
@@ -99,7 +99,7 @@ def load_model_config(name: str) -> PreTrainedConfig:
     return config
 
 
-def weights_are_here(name: str) -> bool:
+def weights_are_here(name: str | Path) -> bool:
     """Return whether a model's weights lie on this machine, in a folder or the hub's cache. Raises UsageError as `resolve`."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -111,7 +111,7 @@ def weights_are_here(name: str) -> bool:
     return any(isinstance(file, str) for file in found)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Return the model's fast tokenizer. Raises UsageError as `load_model`, and when there is no fast tokenizer."""
     from transformers import AutoTokenizer
 

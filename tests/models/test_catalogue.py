@@ -1,6 +1,7 @@
 """The catalogue is complete, says nothing twice, and never overrules a loaded config."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +78,10 @@ def test_context_and_device_are_checked():
     with pytest.raises(UsageError, match="Valid: auto, cpu"):
         load_model("mini", device="gpu0")
     assert load_model("mini", "hooked", context=300).cfg.n_ctx == 300
+
+
+def test_a_path_is_a_name_too(tmp_path):
+    folder = Path(resolve("mini").load_from)
+    assert resolve(folder).saved_name == "sae-italian-mini" and load_model_config(folder).vocab_size > 0
+    with pytest.raises(UsageError, match="model 5 is neither"):
+        resolve(5)  # pyright: ignore
