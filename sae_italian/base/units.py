@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -144,10 +145,8 @@ class Job(NamedTuple):
         return pickle.loads(self.function)
 
 
-def _probe(folder: Path | None) -> Path | None:
+def _probe(folder: Path) -> Path:
     """Return a new file in `folder`; its name is that of a temporary file, so a killed run's is swept."""
-    if folder is None:
-        return None
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder.resolve() / f".probe.{uuid.uuid4().hex}.tmp"
     probe.touch()
@@ -191,13 +190,13 @@ class _Ray:
     """Tasks on a Ray cluster, one a unit; Ray itself does a unit again whose worker died."""
 
     def __init__(self, ray: Any, function: Callable[..., Any], folder: Path | None, gpus: float):
-        self.ray, self.probe, self.key = ray, _probe(folder), uuid.uuid4().hex
+        self.ray, self.probe, self.key = ray, folder and _probe(folder), uuid.uuid4().hex
         died = self.ray.exceptions
         self.deaths = (died.WorkerCrashedError, died.NodeDiedError, died.OutOfMemoryError)
         self.task = self.ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_do)
         self.workers = max(1, int(self.ray.cluster_resources().get("CPU", 1)))
-        job = Job(ray.cloudpickle.dumps(function), self.probe)  # opened once the worker is found fit
-        self.shared = [self.ray.put(job)]  # in a list, Ray hands over the reference: a worker opens the job once
+        # in a list, Ray hands over the reference: a worker opens the job once, when it is found fit
+        self.shared = [self.ray.put(Job(ray.cloudpickle.dumps(function), self.probe))]
 
     def submit(self, unit: Any) -> Any:
         return self.task.remote(unit, self.key, self.shared)
@@ -267,14 +266,16 @@ def _start_worker(function: Callable[..., Any] | bytes, threads: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["OMP_NUM_THREADS"] = str(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))
+    given = re.findall("^[1-9][0-9]*", os.environ.get("OMP_NUM_THREADS", ""))  # which may be empty, or a list
+    threads = min([threads, *map(int, given)])
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     _work = ("", pickle.loads(function) if isinstance(function, bytes) else function)
     if not isinstance(function, bytes):  # forked: its libraries have started threads, which would slow one another down
         from threadpoolctl import threadpool_limits
 
         threadpool_limits(1)
     if "torch" in sys.modules:  # which makes its pool anew after a fork, and fails where two threads do so at once
-        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        sys.modules["torch"].set_num_threads(threads)
 
 
 def _end(*_: Any) -> None:
@@ -293,9 +294,7 @@ def _end(*_: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
+    parent_process().join()  # pyright: ignore[reportOptionalMemberAccess]
     os._exit(1)
 
 

@@ -143,3 +143,11 @@ def test_stopping_leaves_whole_files_and_no_process(tmp_path, stop):
         assert (errors == "" or stop == signal.SIGHUP) and not list(tmp_path.glob(".*.tmp"))
     for file in tmp_path.glob("[0-9]*.txt"):
         assert int(file.read_text()) == int(file.stem) ** 2
+
+
+@pytest.mark.parametrize(("given", "threads"), [("", None), ("1,2", "1"), ("0", None), ("many", None)])
+def test_a_number_of_threads_that_is_empty_or_a_list_ends_no_worker(monkeypatch, given, threads):
+    """As `OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK` leaves it where Slurm was not told how many."""
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    own = str(max(1, (os.cpu_count() or 1) // 2))
+    assert list(map_units(os.getenv, ["OMP_NUM_THREADS"] * 2, workers=2)) == [threads or own] * 2
