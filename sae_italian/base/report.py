@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from html import escape
-from importlib import resources
 from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
@@ -148,8 +147,7 @@ def svg(draw: Callable[[Any], None], n_panels: int, size: tuple[float, float]) -
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    style = resources.files("sae_italian.base") / "house.mplstyle"
-    with resources.as_file(style) as file, matplotlib.style.context(file):
+    with matplotlib.style.context(Path(__file__).with_name("house.mplstyle")):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots(1, n_panels, squeeze=False)[0])
         legend_below(figure)

@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
@@ -107,13 +106,9 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise UsageError(
-            f"{folder} is being written by another process. Wait for it, or give another folder."
-        ) from error
+        raise UsageError(f"{folder} is being written by another process. Wait, or give another folder.") from error
     except OSError as error:
-        raise UsageError(
-            f"{folder} cannot be written to ({error.strerror}). Give a folder you may write to."
-        ) from error
+        raise UsageError(f"{folder} cannot be written to ({error.strerror}). Give one you may write to.") from error
     try:
         yield
     finally:
@@ -188,8 +183,8 @@ def disk_errors(folder: Path, kept: str = "What is finished is kept.") -> Iterat
         if not disk_full(error):
             raise
         raise UsageError(
-            f"the disk of {folder} is full ({free_space(folder)} free). {kept} Make room, then run the same "
-            "command with --resume."
+            f"the disk of {folder} is full ({free_space(folder)} free). {kept} Make room, then run the same command again, "
+            "with --resume where it has that."
         ) from error
 
 
@@ -324,7 +319,7 @@ def check_claim(out: Path, kind: str, spec: dict[str, Any], *, resume: bool, ove
     """Raise now what `claimed` would of a folder that is there, and leave it as it is."""
     if out.is_dir():
         with locked(out):
-            _records(out, kind, spec, resume, overwrite)
+            _records(out, kind, spec, resume, overwrite, (), {})
 
 
 def _records(
@@ -333,8 +328,8 @@ def _records(
     spec: dict[str, Any],
     resume: bool,
     overwrite: bool,
-    changeable: Collection[str] = (),
-    defaults: Mapping[str, Any] = MappingProxyType({}),
+    changeable: Collection[str],
+    defaults: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a folder's record, empty without one, and that of the run that is to be there. Raises: UsageError as `claimed`."""
     spec = json.loads(json.dumps(spec, default=str))
