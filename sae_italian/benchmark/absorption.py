@@ -296,11 +296,8 @@ def letters_of(
     counts = words.labels.toarray()
     enough = [n for i, n in enumerate(names) if min(counts[words.train, i].sum(), counts[~words.train, i].sum()) >= 5]
     probes = [probe for probe in (_dense(words, name) for name in enough) if probe.f1 > LEAST_F1]
-    read = len(probes), len(names)
-    if len(probes) < LEAST_LETTERS:
-        return read, {}
-    return read, {
-        name: [found for probe in probes for found in _scored(sae, acts, words, probe, [probe.parent], "")]
-        for name, sae in saes.items()
-        for acts in [encode_words(sae, words.x)]
+    acts = {name: encode_words(sae, words.x) for name, sae in saes.items() if len(probes) >= LEAST_LETTERS}
+    return (len(probes), len(names)), {
+        name: [each for probe in probes for each in _scored(saes[name], own, words, probe, [probe.parent], "")]
+        for name, own in acts.items()
     }

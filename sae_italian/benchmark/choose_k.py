@@ -144,13 +144,10 @@ def recommend(trials: Sequence[Trial], n_tokens: int) -> Choice:
         found[name] = np.mean(values, axis=1), float(np.sqrt(spread))
     minima = {name: grid[int(mean.argmin())] for name, (mean, _) in found.items()}
     said, steps = ", ".join(f"{name}: {k}" for name, k in minima.items()), [grid.index(k) for k in minima.values()]
-    why = ""
-    if {0, len(grid) - 1} & set(steps):
-        why = f"s_N is least at an end of it ({said})"
-    elif max(steps) - min(steps) > 1:
-        why = f"the minima of s_N do not agree ({said})"
-    if why:
-        why = f"Not found, widen the grid: {why}. More tokens (share=1) and more seeds make the curves steadier."
+    at_an_end = {0, len(grid) - 1} & set(steps)
+    if at_an_end or max(steps) - min(steps) > 1:
+        what = "s_N is least at an end of it" if at_an_end else "the minima of s_N do not agree"
+        why = f"Not found, widen the grid: {what} ({said}). More tokens (share=1) and more seeds make the curves steadier."
         return Choice(list(trials), minima, n_tokens, why)
     vertices, los, his = zip(*(_vertex(np.log2(grid), mean, sd) for mean, sd in found.values()), strict=True)
     k, lo, hi = (float(2**value) for value in (np.median(vertices), min(los), max(his)))

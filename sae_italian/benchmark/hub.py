@@ -29,7 +29,6 @@ class HubSet(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     hub: str
-    revision: str = "refs/convert/parquet"
     files: dict[str, str]
     text: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
@@ -45,8 +44,7 @@ class HubSet(BaseModel):
 
 def hub_sets() -> dict[str, HubSet]:
     """Return the sets by name."""
-    files = sorted(Path(__file__).parent.glob("data/hub/*.yaml"))
-    return {file.stem: HubSet(**read_yaml(file)) for file in files}
+    return {file.stem: HubSet(**read_yaml(file)) for file in sorted(Path(__file__).parent.glob("data/hub/*.yaml"))}
 
 
 def hub_tasks() -> list[ProbingTask]:
@@ -80,9 +78,9 @@ def read_set(name: str, one: HubSet) -> tuple[list[Passage], str]:
     import pyarrow.parquet
 
     found: list[Passage] = []
-    commit = one.revision
+    commit = ""
     for split, pattern in one.files.items():
-        commit, sizes = list_files(Route(hub=one.hub, revision=one.revision, files=(pattern,)), name)
+        commit, sizes = list_files(Route(hub=one.hub, revision="refs/convert/parquet", files=(pattern,)), name)
         rows: list[dict[str, Any]] = []
         for path in sizes:
             with open_file(f"{PREFIX}{one.hub}@{commit}/{path}") as handle:

@@ -32,7 +32,7 @@ from sae_italian.analysis.treebank import Sentence, Word, batches_of, encode_wor
 from sae_italian.base.errors import DataError
 from sae_italian.base.pace import paced, progress
 from sae_italian.base.statistics import auc_parts
-from sae_italian.base.storage import atomic_path, fingerprint, read_json, write_json
+from sae_italian.base.storage import atomic_path, fingerprint, first_difference, read_json, write_json
 from sae_italian.benchmark.material import stop
 from sae_italian.benchmark.tasks import LAST_OF
 from sae_italian.corpora.packing import bos_id, tokenise
@@ -42,7 +42,12 @@ SIZES = (1, 2, 5, 16)
 GRID = tuple(np.logspace(5, -5, 10).tolist())
 DENSE_GRID, CONTROL_GRID = (1.0, 0.1, 0.01, 0.001), (100.0, 10.0, 1.0, 0.1)
 FEW, FOLDS = 128, 6
-N_GRAMS = (1, 4)
+N_GRAMS: Any = {"analyzer": "char_wb", "ngram_range": (1, 4), "min_df": 2, "max_features": 20_000, "sublinear_tf": True}
+ENCODERS = {
+    "form": partial(TfidfVectorizer, **N_GRAMS),
+    "tokens": partial(OneHotEncoder, handle_unknown="ignore"),
+    "dense": StandardScaler,
+}
 CONTEXT = 128  # tokens of a text at most, BOS counted
 PART = 32  # batches of a file
 f1: Any = partial(f1_score, zero_division=0)  # pyright: ignore[reportArgumentType]  # of the truth and what was said
@@ -87,13 +92,11 @@ def read_texts(model: Any, hook_name: str, texts: Sequence[str], folder: Path) -
     wanted = model_identity(model) | {"hook_name": hook_name, "texts": fingerprint([i.tolist() for i in ids])}
     file = folder / "manifest.json"
     if file.is_file():
-        held = read_json(file)
-        for key, value in wanted.items():
-            if held.get(key) != value:
-                raise DataError(
-                    f"{folder} holds activations of another {key} ({held.get(key)}, not {value}). "
-                    "Remove that folder, or give another --out."
-                )
+        if (held := read_json(file)) != wanted:
+            raise DataError(
+                f"{folder} holds other activations ({first_difference(held, wanted)}). "
+                "Remove that folder, or give another --out."
+            )
     else:
         write_json(file, wanted)
     acts = Activations(folder, order, ids, spans)
@@ -253,24 +256,13 @@ def sparse_probes(latents: Examples, sizes: Sequence[int] = SIZES) -> dict[int, 
     return {k: judge(fitted(few[:, :k], y).decision_function(judged[:, :k]), truth) for k in sizes}
 
 
-def dense_probe(vectors: Examples) -> Judged:
-    """Return how a probe on all dimensions, standardised, judges."""
-    return _probed_by(StandardScaler(), vectors, DENSE_GRID)
+def control_probe(kind: str, given: Examples) -> Judged:
+    """Return how a probe judges that sees no latents: `dense`, all dimensions, standardised, or what form gives away.
 
-
-def form_probe(forms: Examples) -> Judged:
-    """Return what the characters alone give away: a probe on n-grams of words or texts."""
-    how: dict[str, Any] = {"min_df": 2, "max_features": 20_000, "sublinear_tf": True}
-    return _probed_by(TfidfVectorizer(analyzer="char_wb", ngram_range=N_GRAMS, **how), forms)
-
-
-def token_probe(ids: Examples) -> Judged:
-    """Return what the identity of the last token and of its left neighbour, ids [n, 2], gives away."""
-    return _probed_by(OneHotEncoder(handle_unknown="ignore"), ids)
-
-
-def _probed_by(encoder: Any, given: Examples, grid: Sequence[float] = CONTROL_GRID) -> Judged:
-    model = fitted(encoder.fit_transform(given.x), given.y, "l2", grid)
+    `form`: n-grams of the characters of words or texts. `tokens`: the last token and its left neighbour, ids [n, 2].
+    """
+    encoder = ENCODERS[kind]()
+    model = fitted(encoder.fit_transform(given.x), given.y, "l2", DENSE_GRID if kind == "dense" else CONTROL_GRID)
     return judge(model.decision_function(encoder.transform(given.w)), given.truth)
 
 

@@ -87,10 +87,10 @@ class Bench:
         forms = ([problem.items[i].form for i in side] for side in self.draws[problem.name][0])
         ids, x, e = (self.examples(problem, each) for each in (self.pooling.ids, dense, embedded))
         found = {
-            "form": probes.form_probe(ids._replace(x=next(forms), w=next(forms))),
-            "tokens": probes.token_probe(ids),
-            "dense": probes.dense_probe(x),
-            "embedded": probes.dense_probe(e),
+            "form": probes.control_probe("form", ids._replace(x=next(forms), w=next(forms))),
+            "tokens": probes.control_probe("tokens", ids),
+            "dense": probes.control_probe("dense", x),
+            "embedded": probes.control_probe("dense", e),
         }
         natural = problem.answer.mean()
         counts = {"n_train": len(ids.y), "n_test": len(ids.truth), "majority": float(max(natural, 1 - natural))}

@@ -21,9 +21,9 @@ from sae_italian.base.pace import is_bounded
 from sae_italian.base.report import plain, table
 from sae_italian.base.storage import claimed
 from sae_italian.benchmark.absorption import absorption as absorbed
-from sae_italian.benchmark.board import leaderboard, read_entries, send_to_wandb, write
 from sae_italian.benchmark.hub import gather_hub, hub_tasks
 from sae_italian.benchmark.material import gather
+from sae_italian.benchmark.pages import leaderboard, read_entries, send_to_wandb, write
 from sae_italian.benchmark.tasks import all_tasks, chosen
 from sae_italian.cli import (
     Folder,

@@ -9,15 +9,13 @@ from sklearn.metrics import f1_score, roc_auc_score
 from sae_italian.base.statistics import auc_parts
 from sae_italian.benchmark.probes import (
     Examples,
-    dense_probe,
+    control_probe,
     fitted,
-    form_probe,
     judge,
     matched,
     permuted,
     ranked,
     sparse_probes,
-    token_probe,
 )
 
 
@@ -125,10 +123,10 @@ def test_controls_find_what_is_in_form_and_in_tokens():
     told = [[f for f, h in zip(forms, half == side, strict=True) if h] for side in (True, False)]
     vectors = np.stack([y, ~y, ids[:, 1]], 1) * 1.0
     for found in (
-        form_probe(Examples(told[0], y[half], told[1], y[~half])),
-        token_probe(Examples(ids[half], y[half], ids[~half], y[~half])),
-        dense_probe(Examples(vectors[half], y[half], vectors[~half], y[~half])),
+        control_probe("form", Examples(told[0], y[half], told[1], y[~half])),
+        control_probe("tokens", Examples(ids[half], y[half], ids[~half], y[~half])),
+        control_probe("dense", Examples(vectors[half], y[half], vectors[~half], y[~half])),
     ):
         assert found.auc == 1.0 and found.accuracy == 1.0
     noise = np.random.default_rng(0).random(len(forms)) < 0.5
-    assert abs(token_probe(Examples(ids[half], noise[half], ids[~half], noise[~half])).auc - 0.5) < 0.15
+    assert abs(control_probe("tokens", Examples(ids[half], noise[half], ids[~half], noise[~half])).auc - 0.5) < 0.15

@@ -12,7 +12,8 @@ import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, run, saebench
-from sae_italian.benchmark.board import leaderboard, ranks, send_to_wandb, training_noise, write
+from sae_italian.benchmark.board import ranks, training_noise
+from sae_italian.benchmark.pages import leaderboard, send_to_wandb, write
 from sae_italian.benchmark.probes import Activations, Pooling
 from sae_italian.benchmark.run import contamination
 from sae_italian.benchmark.tasks import LAST_OF, MEAN_OF, chosen
@@ -113,7 +114,7 @@ def test_activations_of_another_revision_are_refused(scored, mini, identity_sae,
     file = out / "blocks.2.hook_resid_post" / "activations" / "manifest.json"
     held = json.loads(file.read_text())
     file.write_text(json.dumps(held | {"revision": "abc"}))
-    with pytest.raises(DataError, match="another revision"):
+    with pytest.raises(DataError, match="revision was 'abc', is now None"):
         benchmark({"neurons": identity_sae}, mini, some, tasks, out, quick=True, n_seeds=2, resume=True)
 
 
