@@ -72,28 +72,35 @@ def plainly(text: str) -> str:
     return re.sub(r"\W+", " ", "".join(c for c in folded if not unicodedata.combining(c))).strip()
 
 
+def once(passages: Iterable[Passage]) -> list[Passage]:
+    """Return passages without copies of one another; of two copies the one for test stays, so that no probe has seen it."""
+    found: dict[str, Passage] = {}
+    for passage in passages:
+        kept = found.setdefault(plainly(passage.text), passage)
+        if passage.test and not kept.test:
+            found[plainly(passage.text)] = passage
+    return list(found.values())
+
+
 # --- treebanks --------------------------------------------------------------------------------------------------------
 
 
-def treebank_passages(paths: Sequence[str | Path]) -> tuple[list[Passage], int]:
-    """Return the sentences of treebanks, each once, and how many were left out because they stand there twice.
+def treebank_passages(paths: Sequence[str | Path]) -> list[Passage]:
+    """Return the sentences of treebanks.
 
-    The split is that of the files' names where these are UD's, otherwise every fifth run of sentences is for test. Of two
-    copies the one for test stays. Raises: as `read_treebank`, for a broken line with file and line.
+    The split is that of the files' names where these are UD's, otherwise every fifth run of sentences is for test.
+    Raises: as `read_treebank`, for a broken line with file and line.
     """
-    found: dict[str, Passage] = {}
-    total = 0
+    found = []
     for path in paths:
         bank = read_treebank(path)
         named = sum(a.train != b.train for a, b in pairwise(bank.sentences)) <= 2  # whole files, not sentences by hash
         for index, sentence in enumerate(bank.sentences):
             run = f"{bank.name}/{index // RUN}"
             test = not sentence.train if named else is_test(run, 5)
-            key, total = plainly(sentence.text), total + 1
-            if key not in found or (test and not found[key].test):
-                facts, words = _sentence_facts(sentence.text, sentence.words)
-                found[key] = Passage(sentence.text, f"{run}/{'test' if test else 'pool'}", test, facts, words)
-    return list(found.values()), total - len(found)
+            facts, words = _sentence_facts(sentence.text, sentence.words)
+            found.append(Passage(sentence.text, f"{run}/{'test' if test else 'pool'}", test, facts, words))
+    return found
 
 
 def _sentence_facts(text: str, words: Sequence[Word]) -> tuple[dict[str, str], list[PlacedWord]]:
@@ -264,16 +271,18 @@ def gather(
     """Return the passages of sources that run offline: treebanks and corpora as they are given, grammar and lists always."""
     if len(texts or {}) == 1:
         raise UsageError("one corpus has no genres to tell apart; give two or more: --texts NAME=CORPUS NAME=CORPUS.")
-    banks, n_copies = treebank_passages(treebanks)
-    micro = micro_passages()
+    banks, micro = treebank_passages(treebanks), micro_passages()
     made = {
         "ud": banks,
         "micro": micro,
         "micro-documents": register_passages(),
         "texts": genre_passages(texts or {}, seed),
         "pairs": pair_passages(seed=seed),
-        "lexicon": lexicon_passages([*banks, *micro]),
     }
+    kept = {name: once(some) for name, some in made.items() if name in sources}
+    n_copies = sum(len(made[name]) - len(some) for name, some in kept.items())
+    if "lexicon" in sources:
+        kept["lexicon"] = lexicon_passages([*once(banks), *micro])
     corpora = {"ud": list(map(str, treebanks)), "texts": list((texts or {}).values())}
     corpora |= dict.fromkeys(("micro", "micro-documents"), [MICRO_ITALIANO])
-    return Material({name: some for name, some in made.items() if name in sources}, corpora, n_copies)
+    return Material(kept, corpora, n_copies)
