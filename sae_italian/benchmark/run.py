@@ -92,8 +92,8 @@ class Bench:
             "dense": probes.control_probe("dense", x),
             "embedded": probes.control_probe("dense", e),
         }
-        natural = problem.answer.mean()
-        counts = {"n_train": len(ids.y), "n_test": len(ids.truth), "majority": float(max(natural, 1 - natural))}
+        majority = max(problem.frequency, 1 - problem.frequency)
+        counts = {"n_train": len(ids.y), "n_test": len(ids.truth), "majority": majority}
         scores = {name: {"auc": j.auc, "accuracy": j.accuracy, "f1": j.f1} for name, j in found.items()}
         return scores | counts | {"exploratory": len(ids.truth) // 2 < EXPLORATORY}
 
@@ -105,7 +105,7 @@ class Bench:
 
     def _score(self, problem: Problem, z: scipy.sparse.csr_array, twin: scipy.sparse.csr_array) -> dict[str, Any]:
         draws = self.draws[problem.name]
-        frequency, documents = float(problem.answer.mean()), np.array(problem.documents)
+        documents = np.array(problem.documents)
 
         def each(latents: scipy.sparse.csr_array) -> Iterator[probes.Examples]:
             return (self.examples(problem, latents, seed) for seed in range(len(draws)))
@@ -117,7 +117,7 @@ class Bench:
         for key, values in (("auc", ours), ("twin", theirs)):
             found[key] = {str(k): [one[k].auc for one in values] for k in values[0]}
         pairs = zip(each(z), each(twin), strict=True)
-        found["match"] = [[probes.matched(drawn, frequency) for drawn in pair] for pair in pairs]
+        found["match"] = [[probes.matched(drawn, problem.frequency) for drawn in pair] for pair in pairs]
         for key in ("accuracy", "f1"):
             found[key] = {str(k): float(np.mean([getattr(one[k], key) for one in ours])) for k in ours[0]}
         for k in HEADLINE:

@@ -216,6 +216,7 @@ class Problem:
     items: list[Item]
     texts: list[int]  # of each item, among all texts
     documents: list[str]
+    frequency: float  # of yes among all that are possible: the texts that are read hold more of what is rare
 
     @property
     def name(self) -> str:
@@ -243,9 +244,7 @@ class Plan:
     refused: list[str]
 
 
-def plan(
-    material: Material, tasks: Sequence[ProbingTask], most: tuple[int, int] = (TRAIN, TEST), seed: int = 0
-) -> Plan:
+def plan(material: Material, tasks: Sequence[ProbingTask], most: tuple[int, int] = (TRAIN, TEST)) -> Plan:
     """Choose the texts that are read: the rarest tasks draw first, the others prefer what is then read anyway."""
     found: dict[str, tuple[ProbingTask, list[Item], Sequence[Passage]]] = {}
     refused, sources = [], {name: SourceTable(passages) for name, passages in material.passages.items()}
@@ -259,12 +258,13 @@ def plan(
     texts: dict[str, int] = {}
     for _, items, passages in sorted(found.values(), key=lambda one: n_balanced(one[1])):
         read = np.array([passages[item.passage].text in texts for item in items])
-        for index in np.concatenate(draw(items, seed, read, most)).tolist():
+        for index in np.concatenate(draw(items, 0, read, most)).tolist():
             texts.setdefault(passages[items[index].passage].text, len(texts))
     problems = []
     for task, items, passages in found.values():
         kept = [item for item in items if passages[item.passage].text in texts]
         numbers = [texts[passages[item.passage].text] for item in kept]
         documents = [passages[item.passage].document for item in kept]
-        problems += [Problem(task, pooling, kept, numbers, documents) for pooling in task.problems]
+        frequency = float(np.mean([item.answer for item in items]))
+        problems += [Problem(task, pooling, kept, numbers, documents, frequency) for pooling in task.problems]
     return Plan(problems, list(texts), refused)

@@ -143,6 +143,14 @@ def test_a_task_with_fewer_than_20_positives_is_refused_by_name():
     assert not planned.problems and planned.refused[0].startswith("rara")
 
 
+def test_a_frequency_is_that_of_all_examples_not_of_those_that_are_read():
+    """The texts that are read are drawn balanced, half of them with what is asked, however rare it is."""
+    made = passages([i % 10 == 0 for i in range(600)], [i % 3 == 0 for i in range(600)])
+    planned = plan(gather(sources=[])._replace(passages={"ud": made}), [task(positive={"Gender": "Fem"})])
+    (problem,) = planned.problems
+    assert problem.answer.mean() == 0.5 and problem.frequency == pytest.approx(0.1)
+
+
 def test_each_value_makes_a_task_and_names_say_it():
     made = list(
         read_tasks(

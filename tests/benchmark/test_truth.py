@@ -187,7 +187,7 @@ def test_the_match_follows_the_truth_on_draws_that_it_was_not_chosen_on(tmp_path
         z, twin = (bench.pooling.latents(each, name) for each in (sae, random_twin(sae, 1)))
         for family, pooling in FAMILIES:
             own = [p for p in bench.problems if p.task.family == family and p.pooling == pooling]
-            both = [[matched(bench.examples(p, each), float(p.answer.mean())) for p in own] for each in (z, twin)]
+            both = [[matched(bench.examples(p, each), p.frequency) for p in own] for each in (z, twin)]
             found.setdefault((family, pooling), {})[name] = above(*both)
     told = [agreement({n: t[family] for n, t in truth.items()}, found[family, p]) for family, p in FAMILIES]
     with capsys.disabled():
