@@ -87,8 +87,8 @@ class Entry:
     @cached_property
     def reseed(self) -> float:
         """The sd of the mean AUC at k = 16 over the protocol's seeds."""
-        scores = (score for some in self.tasks().values() for score in some)
-        means = np.mean([score.own["auc"]["16"] for score in scores], axis=0)
+        by_task = [np.mean([each.own["auc"]["16"] for each in some], axis=0) for some in self.tasks().values()]
+        means = np.mean(by_task, axis=0)
         return float(np.std(means, ddof=1)) if np.size(means) > 1 else float("nan")
 
     def influence(self) -> Counter[tuple[str, str]]:
@@ -146,7 +146,7 @@ def training_noise(entries: Iterable[Entry]) -> dict[str, tuple[float, int]]:
     """Return the sd of the mean AUC at k = 16 over trainings that differ in their seed alone: NAME, NAME-seed1, ..."""
     groups: dict[str, dict[str, float]] = {}
     for entry in entries:
-        name = re.sub(r"[-_./ ]?s(eed)?[-_=]?\d+$", "", entry.name)
+        name = re.sub(r"[-_./ ]seed[-_=]?\d+$", "", entry.name)
         groups.setdefault(name, {})[entry.name] = entry.estimate("auc_16").value
     found = {name: list(values.values()) for name, values in groups.items() if len(values) > 1}
     return {name: (float(np.std(values, ddof=1)), len(values)) for name, values in found.items()}
@@ -166,7 +166,7 @@ def read_entries(folder: Path) -> list[Entry]:
 
 
 def _entries(folder: Path, value: Mapping[str, Any]) -> Iterable[Entry]:
-    settings = {key: value[key] for key in ("model", "revision", "seeds", "sources", "most")}
+    settings = {key: value[key] for key in ("model", "tasks", "seeds", "sources", "most")}
     for name, facts in value["saes"].items():
         scores = {}
         for problem, told in value["hooks"][facts["hook"]]["problems"].items():

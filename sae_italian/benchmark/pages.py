@@ -20,7 +20,7 @@ from sae_italian.benchmark.board import COLUMNS, OWN, Entry, ProblemScore, compa
 EVAL_TYPE = "sae_italian_sparse_probing"  # Italian sets are never averaged with SAEBench's English ones
 # A click on a column's head sorts by its first number, the largest first.
 SORT = """document.querySelectorAll('th').forEach(h=>{h.setAttribute('role','button');h.onclick=()=>{const t=h.closest('table'),
-n=[...h.parentNode.children].indexOf(h),v=r=>{return parseFloat(r.children[n].textContent)||-9};
+n=[...h.parentNode.children].indexOf(h),v=r=>{const x=parseFloat(r.children[n].textContent);return isNaN(x)?-9:x};
 [...t.tBodies[0].rows].sort((a,b)=>v(b)-v(a)).forEach(r=>t.tBodies[0].append(r))}})"""
 
 
@@ -126,11 +126,12 @@ def _notes(told: Mapping[str, Any]) -> Iterator[str]:
 def leaderboard(folder: Path) -> list[Board]:
     """Write leaderboard.md and leaderboard.html over all results below a folder; return its tables.
 
-    SAEs that were scored on other examples stand in a table of their own. Raises: UsageError when there is no result.
+    SAEs that were scored on other examples, which depend on all the tasks of a run, stand in a table of their own.
+    Raises: UsageError when there is no result.
     """
 
     def examples(entry: Entry) -> str:
-        same = [entry.facts[key] for key in ("sources", "most", "seeds")]
+        same = [sorted(entry.facts["tasks"]), *(entry.facts[key] for key in ("sources", "most", "seeds"))]
         return f"{entry.facts['model']}, {fingerprint(same)[:6]}"
 
     entries = sorted(read_entries(folder), key=examples)  # stable: best first within

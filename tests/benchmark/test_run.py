@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, run, saebench
 from sae_italian.benchmark.board import ranks, training_noise
-from sae_italian.benchmark.pages import leaderboard, send_to_wandb, write
+from sae_italian.benchmark.pages import SORT, leaderboard, send_to_wandb, write
 from sae_italian.benchmark.probes import Activations, Pooling
 from sae_italian.benchmark.run import contamination
 from sae_italian.benchmark.tasks import LAST_OF, MEAN_OF, chosen
@@ -195,9 +196,11 @@ def test_a_leaderboard_of_a_folder_keeps_other_examples_apart(scored, tmp_path):
         shutil.copytree(scored[0], tmp_path / "all" / name)
     file = tmp_path / "all" / "b" / "run_settings.json"
     settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"seeds": 9}))
-    boards = leaderboard(tmp_path / "all")
-    assert [len(board.rows) for board in boards] == [2, 2]
+    other_tasks = {**settings["tasks"], "W1": {}}  # more tasks read more texts, of which the same task draws others
+    for other in ({"seeds": 9}, {"tasks": other_tasks}):
+        file.write_text(json.dumps(settings | other))
+        boards = leaderboard(tmp_path / "all")
+        assert [len(board.rows) for board in boards] == [2, 2]
     assert (tmp_path / "all" / "leaderboard.html").is_file()
     with pytest.raises(UsageError, match="holds no results"):
         leaderboard(tmp_path)
@@ -214,6 +217,33 @@ def test_training_noise_is_that_of_seeds(scored):
         ((name, (sd, n)),) = training_noise([*named, named[0]]).items()
         assert name == "topk" and n == 2 and sd == pytest.approx(np.std(values, ddof=1))
     assert not training_noise([a, b]) and not training_noise([named[0], named[0]])
+    for names in (("features4096", "features8192"), ("topk-s16", "topk-s32")):  # not seeds
+        for entry, name in zip(named, names, strict=True):
+            object.__setattr__(entry, "name", name)
+        assert not training_noise(named)
+
+
+def test_the_noise_of_seeds_is_that_of_the_mean_that_is_shown(scored):
+    """Of the mean over tasks, whose poolings are averaged first; not of the mean over problems."""
+    entry = read_entries(scored[0])[0]
+    tasks = [np.mean([each.own["auc"]["16"] for each in some], axis=0) for some in entry.tasks().values()]
+    assert len(tasks) == 3 < len(entry.scores)
+    assert np.mean(tasks) == pytest.approx(entry.estimate("auc_16").value)
+    assert entry.reseed == pytest.approx(np.std(np.mean(tasks, axis=0), ddof=1))
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is absent: apt-get install nodejs")
+def test_a_column_is_sorted_by_its_numbers_0_among_them():
+    """On the least of a page: a table whose rows are told apart by their only cell."""
+    page = """const row = text => ({children: [{textContent: text}]});
+const rows = ["-", "-0.300 (-0.400 to -0.200)", "0.000", "0.512"].map(row), told = [];
+const table = {tBodies: [{rows, append: row => told.push(row.children[0].textContent)}]};
+const head = {closest: () => table, setAttribute: () => 0}; head.parentNode = {children: [head]};
+const document = {querySelectorAll: () => [head]};"""
+    done = subprocess.run(
+        ["node", "-e", f"{page}{SORT};head.onclick();console.log(told.join('|'))"], capture_output=True
+    )
+    assert done.stdout.decode().strip() == "0.512|0.000|-0.300 (-0.400 to -0.200)|-", done.stderr
 
 
 def test_a_tokenizer_that_splits_every_word_is_read_at_the_words_end(monkeypatch):
