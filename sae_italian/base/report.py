@@ -48,9 +48,10 @@ th, td { text-align: left; padding: 0.25rem 0.7rem; border-bottom: 1px solid #e3
 
 
 def table(head: str, rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table; its head is `one | two | three`, its cells are shown as `str` shows them."""
-    lines = [f"| {head} |", "|---" * len(head.split(" | ")) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    """Return a Markdown table; its head is `one | two | three`, its cells are what `str` shows, which no bar or line ends."""
+    cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)
+    lines = [f"| {head} |", "|---" * len(head.split(" | ")) + "|", *(f"| {' | '.join(row)} |" for row in cells)]
+    return "\n".join(lines)
 
 
 def shown(found: Estimate, form: str = ".2f") -> str:
@@ -183,9 +184,8 @@ def in_light_and_dark(text: str) -> str:
 
     text = re.sub(rf"\b(fill|stroke): ({known})\b", follow, text)
     dark = "".join(f"--c{number[colour]}:{other};" for colour, other in DARK.items())
-    ground = number[GROUND]
     style = (
-        f"<style>.{_CLASS}{{background:var(--c{ground},{GROUND})}}"
+        f"<style>.{_CLASS}{{background:var(--c{number[GROUND]},{GROUND})}}"
         f"@media(prefers-color-scheme:dark){{.{_CLASS}{{{dark}}}}}</style>"
     )
     return re.sub(r"<svg ([^>]*)>", rf'<svg class="{_CLASS}" \1>{style}', text, count=1)

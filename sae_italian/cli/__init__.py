@@ -237,9 +237,7 @@ def readable(text: str) -> str:
     lines: list[str] = []
     for is_table, group in groupby(text.splitlines(), key=lambda line: line.startswith("|")):
         if is_table:
-            rows = [
-                [cell.strip().strip("`") for cell in row[1:].rstrip().removesuffix("|").split(" |")] for row in group
-            ]
+            rows = [[cell.strip(" `").replace("\\|", "|") for cell in row.rstrip()[1:-1].split(" |")] for row in group]
             lines += _lined_up([row for row in rows if set("".join(row)) - set("|-: ")])
         else:
             lines += [line.lstrip("# ") if line.startswith("#") else line for line in group]

@@ -206,7 +206,7 @@ def reproduce(
     if out is None:
         out = Path("reports") / f"{paper}-{Path(sae or source.model or papers.MINI).name.replace(':', '-')}"
     report = papers.reproduce(paper, out, *words, sae=sae, **text, **flags)
-    rows = [[row[key].replace("|", "\\|") for key in ("what", "where", "paper", "ours")] for row in report["figures"]]
+    rows = [[row[key] for key in ("what", "where", "paper", "ours")] for row in report["figures"]]
     figures = table("figure | in the paper | the paper's | ours", rows)
     return Result(report, f"{figures}\n\nReport: {out / 'report.html'}, {out / 'report.md'}")
 

@@ -109,19 +109,17 @@ def lookup(results: Any, path: str) -> Any:
 
 
 def cell(row: Any, path: str) -> str:
-    """Return a value as text of a Markdown table's cell, which a bar inside does not end.
+    """Return a value as text of a table's cell.
 
     A form may follow the path: `|2` decimals, `|%`, `|short`, or Python's, as `|.3g`.
     """
     path, _, form = path.partition("|")
     value = lookup(row, path)
     if form == "short":
-        text = shorten(value, LONGEST, placeholder=" ...")
-    elif form == "%" or form.isdigit() or not form:
-        text = shown(value, int(form) if form.isdigit() else 3, percent=form == "%")
-    else:
-        text = format(value, form)
-    return text.replace("|", "\\|").replace("\n", " ")
+        return shorten(value, LONGEST, placeholder=" ...")
+    if form == "%" or form.isdigit() or not form:
+        return shown(value, int(form) if form.isdigit() else 3, percent=form == "%")
+    return format(value, form)
 
 
 def shown(value: Any, digits: int = 3, *, percent: bool = False) -> str:

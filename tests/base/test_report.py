@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from sae_italian.base.report import plain, save_result, shown, table
+from sae_italian.base.report import page, plain, save_result, shown, table
 from sae_italian.base.statistics import NOTHING, Estimate
+from sae_italian.cli import readable
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,11 @@ def test_a_folder_holds_the_result_its_text_and_its_pictures(tmp_path):
     assert (tmp_path / "shift.svg").read_text() == "<svg/>"
     save_result(tmp_path / "bare", "other", {})
     assert [path.name for path in (tmp_path / "bare").iterdir()] == ["other.json"]
+
+
+def test_a_bar_or_a_new_line_in_a_cell_does_not_end_it():
+    """Tokens are cells too: what an ablation raises may well be a new line."""
+    text = table("token | what rises", [("«|»", "«\n» +1.00"), ("a", "b")])
+    assert text.splitlines()[2:] == ["| «\\|» | « » +1.00 |", "| a | b |"]
+    assert page("t", [text]).count("<td>") == 4 and "<td>«|»</td>" in page("t", [text])
+    assert readable(text).splitlines()[2:] == ["«|»    « » +1.00", "a      b"]
