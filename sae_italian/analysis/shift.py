@@ -162,8 +162,8 @@ def genres(corpus: str, text_column: str = "text") -> dict[str, tuple[str, str |
     Raises: UsageError for a folder of .txt files alone, whose files are documents, and for fewer than two sources.
     """
     folder = Path(corpus)
-    names = sorted(shard.name for shard in local_shards(folder)) if folder.is_dir() else []
-    if not names or names[0].endswith(".arrow"):
+    shards = sorted((shard.name, shard.kind) for shard in local_shards(folder)) if folder.is_dir() else []
+    if not shards or shards[0][1] == ".arrow":
         some = islice(iter_documents(corpus, text_column=text_column), DOCUMENTS_FOR_SOURCES)
         sources = list(dict.fromkeys(document.source for document in some))
         if len(sources) < 2:
@@ -172,13 +172,14 @@ def genres(corpus: str, text_column: str = "text") -> dict[str, tuple[str, str |
                 "or more, was expected. Or give --buckets NAME=CORPUS ..."
             )
         return {source: (corpus, source) for source in sources}
-    found = [name.split("/")[0] for name in names if "/" in name or not name.lower().endswith((".txt", ".txt.gz"))]
+    found = {name.split("/")[0]: "" if "/" in name else kind for name, kind in shards}
+    found = {name: kind for name, kind in found.items() if kind not in (".txt", ".txt.gz")}
     if not found:
         raise UsageError(
             f"the .txt files of {corpus} are taken for documents, not for genres. Put each genre's into a folder of its "
             "own, or give --buckets NAME=FILE ..."
         )
-    return {name if (folder / name).is_dir() else name.split(".")[0]: (str(folder / name), None) for name in found}
+    return {name[: len(name) - len(kind)]: (str(folder / name), None) for name, kind in found.items()}
 
 
 def context_shift(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sae_italian.analysis.shift import genres as genres_of
 from sae_italian.cli import main
 from tests.conftest import SENTENCES
 
@@ -34,6 +35,15 @@ def test_genres_are_the_files_of_a_folder(folder, genres, tmp_path, capsys):
     assert set(result["buckets"][1]["change"]["delta_lm_loss"]) == {"value", "lo", "hi"}
     assert (tmp_path / "out" / "shift.svg").read_text().rstrip().endswith("</svg>")
     assert "![shift](shift.svg)" in (tmp_path / "out" / "shift.md").read_text()
+
+
+def test_a_genre_is_a_files_name_with_all_its_dots(tmp_path):
+    """`it.leggi.jsonl` and `it.romanzi.jsonl` were both `it`, and the last of them stood for all."""
+    for name in ("it.leggi.jsonl", "it.romanzi.JSONL", "it.web.jsonl.gz", "note.txt"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "d.v2").mkdir()
+    (tmp_path / "d.v2" / "a.txt").write_text("testo")
+    assert [*genres_of(str(tmp_path))] == ["d.v2", "it.leggi", "it.romanzi", "it.web"]
 
 
 def test_a_genre_is_a_subfolder_a_column_or_a_bucket_with_its_own_text_column(folder, genres, tmp_path, capsys):
