@@ -22,8 +22,8 @@ _KEPT = ("l0", "explained_variance", "explained_variance_uncentred", "delta_lm_l
 def _saes(job: Reproduction, _: Results) -> dict[str, Any]:
     """Train the suite, or take the SAE that was given."""
     folders = job.train_suite(job.layers(1)) if job.sae is None else [job.sae]
-    rows = [facts_of(folder) for folder in folders]
-    named = [{"name": f"L{row['layer']}{row['site']}-{row['expansion']:g}x", **row} for row in rows]
+    facts = [facts_of(folder) for folder in folders]
+    named = [{"name": f"L{row['layer']}{row['site']}-{row['expansion']:g}x", **row} for row in facts]
     return {"saes": named, "given": job.sae is not None}
 
 
@@ -54,7 +54,10 @@ def _cards(job: Reproduction, results: Results) -> dict[str, Any]:
 def derived(rows: list[dict[str, Any]], n_tokens: int) -> dict[str, Any]:
     """Return what the paper says about its figures, of ours."""
     narrow, wide = (pick(row["expansion"] for row in rows) for pick in (min, max))
-    variance = {(r["site"], r["expansion"]): r["explained_variance_uncentred"]["value"] for r in rows}
+    values: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        values.setdefault((row["site"], row["expansion"]), []).append(row["explained_variance_uncentred"]["value"])
+    variance = {each: sum(some) / len(some) for each, some in values.items()}  # means over layers
     first = narrowest(rows)
     sites = {row["site"] for row in rows if row["expansion"] == narrow}
     ranked = sorted(sites, key=lambda site: -variance[site, narrow])
@@ -113,10 +116,8 @@ def _vanilla(job: Reproduction, results: Results) -> dict[str, Any]:
     for factor in L1:
         l1 = {"architecture": "standard", "start": job.budget["start"] or "zero", "normalize_activations": NORMALISED}
         l1 |= {"l1_coefficient": factor * scale}
-        row = _compared(job, f"vanilla-{factor:g}", results, "0", l1)
-        rows.append(row | {"name": f"L1, {factor * scale:.3g}"})
-    keys = ("l0", "explained_variance_uncentred")
-    numbers = [(row["name"], *(row[key]["value"] for key in keys)) for row in rows]
+        rows.append(_compared(job, f"vanilla-{factor:g}", results, "0", l1) | {"name": f"L1, {factor * scale:.3g}"})
+    numbers = [(row["name"], *(row[key]["value"] for key in ("l0", "explained_variance_uncentred"))) for row in rows]
     return {"rows": rows, "text": "; ".join(f"{name}: L0 {l0:.1f}, {variance:.3f}" for name, l0, variance in numbers)}
 
 
@@ -133,7 +134,7 @@ def _scores(job: Reproduction, results: Results) -> dict[str, Any]:
 
 
 def _shift(job: Reproduction, results: Results) -> dict[str, Any]:
-    """Measure by position in contexts up to eight times the training's; packed where no document is that long.
+    """Measure by position in contexts up to eight times the training's, which are filled with short documents.
 
     A TopK SAE is measured as the JumpReLU that the paper evaluates, whose L0 may move; any other as it is.
     """

@@ -205,6 +205,9 @@ def test_what_sites_and_widths_say_is_read_off_their_cards():
     assert said["best_site"] == "R 0.900, A 0.700" and said["width_gain"] == "R +0.030; A +0.050"
     assert said["reference"].startswith("L1R-8x: 0.900") and said["dead"] == "5.0 to 30.0 % in 1,000 tokens"
     assert llama_scope.derived(rows[2:3], 1000)["width_gain"] is None
+    higher = [row("R", 8, 0.7, 0.05), row("R", 32, 0.75, 0.2), row("A", 8, 0.8, 0.1), row("A", 32, 0.82, 0.3)]
+    said = llama_scope.derived(rows + higher, 1000)  # of two layers: means over them, not the last one's
+    assert said["best_site"] == "R 0.800, A 0.750" and said["width_gain"] == "R +0.040; A +0.035"
 
 
 def test_correlation_is_pearsons_and_leaves_out_what_is_not_there():
