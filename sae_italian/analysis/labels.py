@@ -265,7 +265,8 @@ def language_latents(
             some = paced(batches, name, n_tokens, "token", size=lambda windows: len(windows.doc))
             found.append(_count(sae, model, hook_name, some))
     which = np.repeat(np.arange(len(corpora)), [len(tokens) for _, tokens in found])
-    counts, tokens = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    counts: Any = scipy.sparse.vstack([fired for fired, _ in found], format="csr")
+    tokens = np.concatenate([tokens for _, tokens in found])
 
     def probability(language: Int[np.ndarray, " documents"]) -> Float[np.ndarray, "languages d_sae"]:
         here = (language == place for place in range(len(corpora)))
@@ -280,8 +281,8 @@ def language_latents(
 @torch.no_grad()
 def _count(
     sae: Any, model: Any, hook_name: str, batches: Any
-) -> tuple[Int[np.ndarray, "documents d_sae"], Int[np.ndarray, " documents"]]:
-    """Return how often each latent fires in each document, and the documents' tokens."""
+) -> tuple[scipy.sparse.csr_array, Int[np.ndarray, " documents"]]:
+    """Return how often each latent fires in each document, [documents, d_sae], and the documents' tokens."""
     fired, docs = [], []
     for windows in batches:
         x = read_activations(model, windows.tokens.to(model.device), hook_name)[windows.keep.to(model.device)]
@@ -289,8 +290,7 @@ def _count(
         docs.append(windows.doc)
     _, row, tokens = np.unique(np.concatenate(docs), return_inverse=True, return_counts=True)
     in_document = zeros_and_ones(np.stack([row, np.arange(len(row))], axis=1), (len(tokens), len(row)))
-    counts: Any = in_document @ scipy.sparse.vstack(fired)
-    return counts.toarray(), tokens
+    return scipy.sparse.csr_array(in_document @ scipy.sparse.vstack(fired)), tokens
 
 
 def examples_in(cache: Any, n: int = 100) -> dict[str, float]:

@@ -110,8 +110,7 @@ def check_able(found: TaskScore, task: str, model: str) -> TaskScore:
 def _of_language(task: str, language: str) -> Any:
     known = read_yaml(Path(__file__).with_name("data") / f"{task}.yaml")
     if language not in known:
-        there = nearest(language, ("it", "en"))
-        raise UsageError(f"language {language!r} has no sentences of {task}. {there}")
+        raise UsageError(f"language {language!r} has no sentences of {task}. {nearest(language, ('it', 'en'))}")
     return known[language]
 
 

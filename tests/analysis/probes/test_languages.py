@@ -5,9 +5,11 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
-from sae_italian.analysis.labels import Languages, examples_in, language_latents, owners, parallel_overlap
+from sae_italian.analysis.labels import Languages, _count, examples_in, language_latents, owners, parallel_overlap
+from sae_italian.analysis.shift import corpus_windows
 from sae_italian.base.errors import UsageError
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import named
@@ -56,6 +58,13 @@ def test_probabilities_are_shares_of_tokens_and_chance_is_below_what_is_there(to
     assert "| cifre |" in found.table()
     with pytest.raises(UsageError, match="give two languages or more"):
         language_latents(topk_sae, mini, {"it": str(jsonl)})
+
+
+def test_documents_times_latents_are_never_held_whole(topk_sae, mini, jsonl):
+    """Of thousands of short documents and a wide SAE they are gigabytes, copied at each of the twenty shuffles."""
+    windows = corpus_windows(mini, str(jsonl), 64, 600)
+    counts, tokens = _count(topk_sae, mini, topk_sae.cfg.metadata.hook_name, windows)
+    assert scipy.sparse.issparse(counts) and counts.shape == (len(tokens), topk_sae.cfg.d_sae)
 
 
 def test_a_corpus_that_is_not_there_is_told_before_the_others_are_read(topk_sae, mini, jsonl, monkeypatch):
