@@ -135,7 +135,7 @@ def read_conllu(file: Path) -> Iterator[tuple[str, list[Word]]]:
     form that is not in the sentence's text, bytes that are not UTF-8.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}).") from error
     text, rows = "", []

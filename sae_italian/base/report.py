@@ -49,7 +49,7 @@ th, td { text-align: left; padding: 0.25rem 0.7rem; border-bottom: 1px solid #e3
 
 def table(head: str, rows: Iterable[Sequence[object]]) -> str:
     """Return a Markdown table; its head is `one | two | three`, its cells are what `str` shows, which no bar or line ends."""
-    cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)
+    cells = ([" ".join(str(cell).replace("|", "\\|").splitlines()) for cell in row] for row in rows)
     lines = [f"| {head} |", "|---" * len(head.split(" | ")) + "|", *(f"| {' | '.join(row)} |" for row in cells)]
     return "\n".join(lines)
 

@@ -257,7 +257,7 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
     tokenizer = model.tokenizer
     if Path(case).is_file():
         with understood(case, "Save it as UTF-8."):
-            lines = Path(case).read_text(encoding="utf-8").splitlines()
+            lines = Path(case).read_text(encoding="utf-8-sig").split("\n")
         lines = [line.split("\t") for line in lines if line.strip()]
         if not lines or any(len(line) < 2 or not line[1].strip() for line in lines):
             raise UsageError(f"{case}, {len(lines)} lines: each is PROMPT, a tab, TOKEN, perhaps a tab and one more.")

@@ -137,6 +137,8 @@ def test_a_file_of_prompts_and_what_is_no_case(mini, tmp_path):
     file.write_text("La ragazza\tche\nIl ragazzo\tche\te\n", encoding="utf-8")
     found = cases_of(str(file), mini, 9)
     assert [one.prompt for one in found] == ["La ragazza", "Il ragazzo"] and found[0].wrong is None and found[1].wrong
+    file.write_bytes("\ufeffLa ragazza\tche\r\n".encode())  # as Windows' Notepad saves it
+    assert [one.prompt for one in cases_of(str(file), mini, 9)] == ["La ragazza"]
     for text in ("La ragazza\n", "\n"):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(UsageError, match="a tab"):

@@ -38,6 +38,13 @@ def written(tmp_path, rows=ROWS, text=TEXT, name="prova.conllu"):
     return file
 
 
+def test_a_file_as_windows_saves_it_is_the_same(tmp_path):
+    file = written(tmp_path)
+    plain = list(read_conllu(file))
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert list(read_conllu(file)) == plain
+
+
 @pytest.mark.parametrize("text", [TEXT, ""])
 def test_a_contraction_is_one_word_with_the_labels_of_both(tmp_path, text):
     """Also where the file does not give the text, but says where there is no space."""

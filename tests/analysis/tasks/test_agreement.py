@@ -155,6 +155,8 @@ def test_multiblimp_is_read_as_tsv_jsonl_and_parquet(tmp_path):
     plain = tmp_path / "plain.tsv"
     plain.write_text("sen\twrong_sen\nun libro\tuna libro\n", encoding="utf-8")
     assert read_minimal_pairs(plain) == [MinimalPair("un libro", "una libro", "agreement")]
+    plain.write_bytes("\ufeffsen\twrong_sen\r\nun\u2028libro\tuna libro\r\n".encode())  # of Windows; a line of a page
+    assert read_minimal_pairs(plain) == [MinimalPair("un\u2028libro", "una libro", "agreement")]
 
 
 @pytest.mark.parametrize(
