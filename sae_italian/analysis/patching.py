@@ -136,7 +136,7 @@ class Patcher:
         """
         rows, columns = self.in_play.nonzero(as_tuple=True)
         falls = torch.zeros(0)
-        parts = zip(rows.split(self.batch_rows), columns.split(self.batch_rows), strict=True)
+        parts = zip(rows.split(self.batch_rows), columns.split(self.batch_rows), strict=True) if len(rows) else ()
         for some, these in paced(parts, "latents one by one", len(rows), "run", size=lambda part: len(part[0])):
             falls = torch.cat([falls, (self.unpatched[some] - self.kl(some, self.one(some, these))).cpu()])
         n_pairs = self.n_pairs if len(falls) == len(rows) else max(1, int(rows[len(falls)]))
@@ -331,7 +331,7 @@ class Patching(NamedTuple):
             for axis, label in zip(axes, ("patched latents", "mean edit |x' - x|"), strict=False):
                 axis.axhline(self.curves[0].unpatched.value, color=REFERENCE, linestyle=":", linewidth=1)
                 axis.set(xlabel=label, ylabel="KL(patched || counterfactual), nats")
-            axes[0].set_xscale("log")
+            axes[0].set_xscale("log" if any(curve.n_candidates for curve in self.curves) else "linear")  # 0 has no log
             axes[0].legend()
             axes[2].set(xlabel="gradient times difference, nats", ylabel="exact fall of the KL, nats")
             axes[2].legend(title="Spearman, all latents")

@@ -171,6 +171,15 @@ def test_the_report_holds_every_curve_and_is_the_same_each_time(mini, topk_sae, 
     assert len(thresholds()) == 50 and thresholds()[0] == pytest.approx(1e-5) and thresholds()[-1] == pytest.approx(1)
 
 
+def test_an_sae_that_is_dead_patches_nothing(mini, topk_sae, pairs):
+    dead = copy.deepcopy(topk_sae)
+    torch.nn.init.zeros_(dead.W_enc)
+    found = patch_saes(mini, mini.tokenizer, {"dead": dead}, pairs[:2], thresholds=thresholds(3))
+    (curve,) = found.curves
+    assert curve.n_candidates == 0 and curve.all_patched == curve.unpatched and curve.reached(0.5) is None
+    assert "| dead | 0 |" in found.table() and found.svg()
+
+
 def test_bad_input_is_refused_in_one_line(mini, topk_sae, pairs):
     other = copy.deepcopy(topk_sae)
     other.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
