@@ -128,7 +128,8 @@ def test_a_silent_latent_has_no_positions(mini, identity_sae):
     [
         ((PROMPT, 300, [1.0]), "latents 0 to 299"),
         ((PROMPT, -1, [1.0]), "latents 0 to 299"),
-        ((PROMPT, 1, []), "at least one strength"),
+        ((PROMPT, 1, []), "at least one finite strength"),
+        ((PROMPT, 1, [1.0, float("inf")]), "at least one finite strength"),
         ((PROMPT, 1, [1.0], 0), "one new token"),
         (("  ", 1, [1.0]), "prompt is empty"),
         ((PROMPT, 1, [1.0], 10_000), "positions"),
