@@ -5,7 +5,7 @@ hierarchies of words (a form in its lemma's part of speech or gender: "è" in AU
 
 1. p: the unit direction of a dense logistic probe for the class, on training words;
 2. S: the latents of the class. Latents are ranked by the positive weights of a sparse probe, and the set grows while the
-   F1 of a probe on it rises by more than 0.03;
+   F1 of a probe on it rises by more than 0.03, on the test words, so it is a little high;
 3. on test words of the class that the dense probe gets right, with cosine c_j of p and decoder row j, projection a_j c_j,
    A = x p, M the sum over S, T the three largest projections outside S of c_j 0.1 or more:
    fraction = 0 where M >= A or T / A < 0.4, 1 where M <= 0, else min(T, A - M) / (min(T, A - M) + M);

@@ -117,7 +117,7 @@ class GraphScores(NamedTuple):
 
 
 def weights_of(probabilities: Sequence[float]) -> Float[np.ndarray, " logits"]:
-    """Return the weight of each logit, 1 together; the same for all where the model expects none of them."""
+    """Return the weight of each logit, its probability; the same for all, 1 together, where the model expects none."""
     p = np.array(probabilities, dtype=np.float64)
     return p if p.sum() > UNEXPECTED else np.full(len(p), 1 / max(len(p), 1))
 
