@@ -122,7 +122,7 @@ class PageAnswers:
                 )
             return self.live.call(name, argument)
         if name == "near" and self.encoder is not None:
-            sentence = checked_text("sentence", (argument or {}).get("sentence"))
+            sentence = checked_text("sentence", argument.get("sentence") if isinstance(argument, dict) else None)
             return {"near": nearest_in_meaning(source, self.encoder, sentence)}
         if name == "run":
             facts = {"llm": bool(self.live and self.live.llm), "near": self.encoder is not None}

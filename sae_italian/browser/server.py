@@ -7,8 +7,8 @@
 
 Reading needs no token: it shows what the cache's folder holds and costs nothing, so a link to a card can be passed on.
 
-Errors are {error_it, error_en}: 400 malformed or not from here, 403 another page or no token, 404, 408, 409 the cache was
-replaced, 413, 415, 422 an argument, 503 too much at once, 504 too slow.
+Errors are {error_it, error_en}: 400 malformed (plain text: not from here), 403 another page or no token, 404, 408, 409 the
+cache was replaced, 413, 415, 422 an argument, 503 too much at once, 504 too slow.
 
 The server listens on loopback, but any page that this machine's browser shows can send requests there. The Host header
 tells such requests apart when a foreign name was made to point here (DNS rebinding; Starlette's TrustedHostMiddleware),
@@ -26,7 +26,6 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -105,7 +104,7 @@ class Guard(BaseHTTPMiddleware):
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         host, origins = request.headers.get("host"), request.headers.getlist("origin")
         refused = in_both(Refused("The request comes from another page.", "Richiesta da un'altra pagina."))
-        foreign = any(urlsplit(origin).netloc != host for origin in origins)
+        foreign = any(origin.partition("://")[2] != host for origin in origins)
         answer = as_json(refused, 403) if foreign else await call_next(request)
         answer.headers.update(HEADERS)
         return answer

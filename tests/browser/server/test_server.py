@@ -175,13 +175,27 @@ def test_only_the_names_of_this_machine_are_answered(client, host, status):
 
 def test_other_pages_and_forms_cannot_post(client):
     body = {"sentence": "ciao"}
-    for origin in ("http://evil.example", "null", "https://localhost.evil.example", "http://evil.example@localhost"):
+    for origin in (
+        "http://evil.example",
+        "null",
+        "https://localhost.evil.example",
+        "http://evil.example@localhost",
+        "http://[",
+    ):
         said(client.post("/api/live/tokens", json=body, headers={"origin": origin}), 403)
     assert client.post("/api/live/tokens", json=body, headers={"origin": ADDRESS}).status_code == 200
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         said(client.post("/api/live/tokens", content=json.dumps(body), headers={"content-type": kind}), 415)
     for method in ("PUT", "DELETE", "OPTIONS", "TRACE"):
         said(client.request(method, "/api/rows"), 405)
+
+
+@pytest.mark.parametrize("body", ["[1]", '"ciao"', "null", "{}", '{"sentence": 3}'])
+def test_a_search_by_meaning_of_what_is_no_text_is_refused(opened, body):
+    headers = {"content-type": "application/json"}
+    with TestClient(create_app(*opened, encoder="x"), base_url=ADDRESS, raise_server_exceptions=False) as client:
+        assert "not a text" in said(client.post("/api/live/near", content=body, headers=headers), 422)
+        assert "not a text" in said(client.get("/api/near/3"), 422)
 
 
 def test_live_work_asks_for_the_token_of_the_address(opened, live, active, monkeypatch):
