@@ -59,20 +59,23 @@ def browse(
         language: serve: language of the LLM's explanations.
     """
     if not (source / "manifest.json").is_file() and any(source.glob("*/c*.json")):
+        of_cache = {"--latent": latent, "--serve": serve or None, "--compare": compare, "--to-space": to_space}
+        of_cache |= {"--sae": sae, "--model": model, "--endpoint": endpoint, "--llm-model": llm_model}
+        if odd := [option for option, value in of_cache.items() if value is not None]:
+            raise UsageError(f"{odd[0]} is for a cache; {source} is a suite, of SAEs' folders. Give a cache's folder.")
         return _suite(source, words, out)
     own, rare = own_words(words, {"other_sae": "", "encoder": ""})
-    other_sae = own["other_sae"] or None
-    if latent is not None and (serve or compare):
-        raise UsageError("--latent prints one card here; leave out --serve and --compare.")
+    if latent is not None and (serve or compare or out):
+        raise UsageError("--latent prints one card here; leave out --serve, --compare and --out.")
     if to_space and (serve or latent is not None):
         raise UsageError("--to-space sends the folder of pages; leave out --serve and --latent.")
-    if other_sae and not compare:
+    if own["other_sae"] and not compare:
         raise UsageError("other_sae= is the SAE of --compare CACHE, which is missing.")
-    which = {"sae_name": sae, "model_name": model, "compare": compare, "other_sae": other_sae}
+    which = {"sae_name": sae, "model_name": model, "compare": compare, "other_sae": own["other_sae"] or None}
+    llm = _llm_settings(endpoint, llm_model, language, rare) if rare or endpoint or llm_model else None
     if serve:
-        which["encoder"] = own["encoder"] or None
-        return _serve(source, port, _llm_settings(endpoint, llm_model, language, rare), which)
-    if rare or own["encoder"] or endpoint or llm_model:
+        return _serve(source, port, llm, which | {"encoder": own["encoder"] or None})
+    if llm or own["encoder"]:
         raise UsageError(
             "an LLM, or an encoder, works only while the browser is served; add --serve, or leave its settings out."
         )
@@ -125,8 +128,6 @@ def _llm_settings(endpoint: str | None, llm_model: str | None, language: Literal
     """Return the settings of a language model that somebody waits for: one call at a time, and not for long."""
     from sae_italian.autointerp.llm import LLMOptions
 
-    if not (endpoint or llm_model):
-        return None
     options = LLMOptions(explainer="llm", endpoint=endpoint, llm_model=llm_model, language=language)
     return options.with_words(["timeout=20", "attempts=1", "concurrency=1", *rare])
 
@@ -134,20 +135,19 @@ def _llm_settings(endpoint: str | None, llm_model: str | None, language: Literal
 def _serve(folder: Path, port: int, llm: Any, which: dict[str, Any]) -> Result:
     """Serve until Ctrl-C. The port is taken first: loading a model can take minutes."""
     try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
+        from sae_italian.browser import server
     except ImportError as error:
         raise UsageError(
             f"the server needs the package {error.name}; it comes with pip install 'sae-italian[serve]'."
         ) from None
-    from sae_italian.browser import server
-
     server.bind(port).close()
     from sae_italian.autointerp.llm.client import Client
-    from sae_italian.browser.opening import open_pages
+    from sae_italian.browser.opening import encode, open_pages
 
     if llm is not None:
         Client(llm, folder)  # a wrong address or a missing key is said now
+    if which["encoder"]:
+        encode([""], which["encoder"])  # and so is an encoder that is none
     answers = open_pages(folder, live=True, llm=llm, **which)
 
     def ready(address: str) -> None:

@@ -157,3 +157,6 @@ def test_the_command_tells_a_suite_from_a_cache(suite: Path, tmp_path: Path, cap
     assert main(["browse", str(suite), str(tmp_path / "old"), "--out", str(tmp_path / "out2")]) == 2
     assert "schema version 1, this program reads 2" in capsys.readouterr().err
     assert main(["browse-suite", str(suite)]) == 2 and "`browse SUITE" in capsys.readouterr().err
+    for odd in (["--latent", "0"], ["--serve"], ["--compare", "x"], ["--to-space", "a/b"], ["--sae", "x"]):
+        assert main(["browse", str(suite), *odd, "--out", str(tmp_path / "out3")]) == 2, odd
+        assert f"{odd[0]} is for a cache" in capsys.readouterr().err and not (tmp_path / "out3").exists()

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import httpx
 import pytest
@@ -418,7 +419,11 @@ def test_only_loopback_is_bound_and_a_taken_port_names_a_free_one(cache, capsys)
 
 @pytest.mark.parametrize("package", ["uvicorn", "starlette"])
 def test_without_the_extra_one_line_says_what_to_install(cache, monkeypatch, capsys, package):
+    for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "sae_italian.browser.server")
+    monkeypatch.delattr("sae_italian.browser.server")
     assert main(["browse", str(cache.folder), "--serve"]) == 2
     error = capsys.readouterr().err
     assert "sae-italian[serve]" in error and package in error and error.count("\n") == 1
@@ -445,6 +450,10 @@ def test_the_command_compares_and_refuses_what_does_not_go_together(cache, compa
         assert client.get("/api/run").json()["compare"] and client.get("/api/matches").status_code == 200
     for arguments, said in (
         (["--latent", "3", "--serve"], "leave out --serve"),
+        (["--latent", "3", "--out", "x"], "and --out"),
+        ([str(other)], f"{str(other)!r} is no setting here"),
+        (["timeot=5", "--serve"], "'timeot=5' is no setting here"),
+        (["encoder=nowhere/none", "--serve", "--port", "0"], "model2vec" if find_spec("model2vec") is None else "none"),
         (["other_sae=x"], "--compare CACHE"),
         (["--compare", str(cache.folder / "none"), "--serve", "--port", "0"], "not a feature cache"),
         (["--serve", "--endpoint", "ftp://x", "--llm-model", "m"], "a URL"),
