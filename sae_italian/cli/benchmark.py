@@ -165,8 +165,8 @@ def absorption(*saes: str, ud: Many = None, out: Path | None = None, overwrite: 
     if len(set(hooks.values())) > 1:
         raise UsageError(f"the SAEs read at different hooks ({', '.join(hooks.values())}). Give SAEs of one hook.")
     model = model_of(next(iter(loaded.values())), None)
-    spec = {"saes": given, "ud": ud}
-    with claimed(out, "absorption", spec, overwrite=overwrite) if out else nullcontext():  # refused before the work
+    spec = {"saes": given, "ud": ud}  # another folder is refused before the work
+    with claimed(out, "absorption", spec, resume=True, overwrite=overwrite) if out else nullcontext():
         found = absorbed(loaded, model, ud or ["micro-italiano"])
         if out is not None:
             found.save(out)

@@ -355,7 +355,7 @@ def _model_card(to: str, folder: Path, out: Path, settings: Settings) -> Result:
     if own and file.exists() and not overwrite:
         raise UsageError(f"{file} exists. Add --overwrite to replace it, or give another folder.")
     spec = {"sae": str(folder.resolve()), "repository": repository}
-    with nullcontext() if own else claimed(out, "model card", spec, overwrite=overwrite):
+    with nullcontext() if own else claimed(out, "model card", spec, resume=True, overwrite=overwrite):
         write_text(file, model_card(folder, card, repository, folder.resolve().name))
         card.save(out)
     return Result({"card": str(file)}, f"model card: {file}")

@@ -88,5 +88,11 @@ def test_the_command_on_the_mini_model(trained_sae, tmp_path, capsys, monkeypatc
     assert all(0 <= p["fraction"] <= 1 and p["n_words"] > 0 and p["dense_f1"] > 0.6 for p in pairs)
     assert told["letters"][0] < 15, "the mini model does not know letters, and says how many"
     assert (tmp_path / "a/absorption.md").is_file()
-    assert main(run) == 2 and "already holds" in capsys.readouterr().err
+    assert main([*run, "--ud", "x"]) == 2 and "holds another absorption run (ud was None" in capsys.readouterr().err
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sae_italian.cli.benchmark.absorbed", stop)  # the same command goes on, as it says
+    assert main(run) == 130 and "the same command continues" in capsys.readouterr().err
     assert main(["absorption"]) == 2 and "no SAE" in capsys.readouterr().err

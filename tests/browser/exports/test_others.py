@@ -78,7 +78,8 @@ def test_the_model_card_is_that_of_publishing(trained_sae, tmp_path, capsys):
     text = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
     assert text.startswith("---\n") and "library_name: saelens" in text and "io/saes" in text and "## Italiano" in text
     capsys.readouterr()
-    assert main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
+    assert main(arguments) == 2 and "use --overwrite." in capsys.readouterr().err  # another repository
+    assert main([*arguments, "--repository", "io/saes"]) == 0, "the same one is written again: it takes no --resume"
     assert main(["export", str(tmp_path), "--to", "model-card", "--out", str(tmp_path / "x")]) == 2
     assert main([*arguments, "--overwrite"]) == 0
     (own := tmp_path / "mine" / "README.md").parent.mkdir()
