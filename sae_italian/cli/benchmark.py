@@ -64,7 +64,7 @@ def benchmark(
     Args:
         saes: SAEs' folders, or release:sae_id, all of one model; then words:
             tasks=ID,ID instead of a preset (default: the preset's); seeds=N, draws of the protocol (default: 5);
-            baselines=pca,identity,random, fitted at the SAEs' hook (default: none); wandb=PROJECT (default: none).
+            baselines=KIND,KIND (pca, ica, nmf, random, identity, twin; default: none); wandb=PROJECT (default: none).
         out: Folder for benchmark.md, .html, .json and saebench/; a further SAE joins it with --resume.
         preset: quick: 12 tasks where form does not give the answer, those that need --ud among them; full: all tasks.
         sets: Tasks that need no network, or those of 16 Italian sets of the hub.
