@@ -119,11 +119,11 @@ def layout_of(
     Raises: UsageError when the tokenizer has no such token.
     """
     bos = bos_id(tokenizer) if prepend_bos else None
-    if separator is None or isinstance(separator, int):
+    if separator is None or (isinstance(separator, int) and separator in range(len(tokenizer))):
         return Layout(bos, separator)
-    names = ("bos", "eos", "sep")
-    if separator not in names:
-        raise UsageError(f"separator {separator!r} is unknown. {nearest(separator, names)} Or give an id.")
+    if separator not in (names := ("bos", "eos", "sep")):
+        ids = f"Or give an id, 0 to {len(tokenizer) - 1}."
+        raise UsageError(f"separator {separator!r} is unknown. {nearest(str(separator), names)} {ids}")
     found = bos_id(tokenizer) if separator == "bos" else getattr(tokenizer, f"{separator}_token_id")
     if found is None:
         raise UsageError(f"the tokenizer has no {separator} token; give the separator's id, or none.")
