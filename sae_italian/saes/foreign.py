@@ -74,8 +74,7 @@ def find_format(folder: Path) -> tuple[Path, Format]:
     found = {child: form for child in sorted(folder.iterdir()) if (form := format_of(child))}
     if len(found) == 1:
         return found.popitem()
-    names = ", ".join(child.name for child in list(found)[:8])
-    what = f"{len(found)} SAEs; give one of its folders: {names}"
+    what = f"{len(found)} SAEs; give one of its folders: " + ", ".join(child.name for child in list(found)[:8])
     if not found:
         signs = (said.format(file=file.name) for sign, said in _SIGNS for file in sorted(folder.glob(sign)))
         what = f"no SAE that can be read; {next(signs, 'give the folder of one SAE')}"
@@ -85,6 +84,7 @@ def find_format(folder: Path) -> tuple[Path, Format]:
 _SAVE = "load it with the program that wrote it, and save it with SAELens' save_model"
 # What is in a folder, the first that is there, and what to say of it.
 _SIGNS = (
+    ("manifest.json", "it is a feature cache: give the SAE that it was built with (`sae-italian cache info` names it)"),
     ("run.json", "its training has not finished: run it again with --resume"),
     ("*.pt", "{file} is a PyTorch file without the config.json of dictionary_learning beside it: " + _SAVE),
     ("*.pkl", "{file} is a pickle, which can run code and is not read: " + _SAVE),

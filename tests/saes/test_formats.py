@@ -233,6 +233,7 @@ def test_older_versions_of_saelens(tmp_path, version, activation):
     ("files", "message"),
     [
         ({"run.json": "{}"}, "not finished: run it again with --resume"),
+        ({"run.json": "{}", "manifest.json": "{}"}, "it is a feature cache: give the SAE that it was built with"),
         ({"final_sae.pkl": ""}, "final_sae.pkl is a pickle, which can run code"),
         ({"hyperparams.json": "{}"}, "download that file too"),
         ({"cfg.json": "{}"}, "its weights .* are missing"),
