@@ -112,7 +112,13 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["cache", "build", "nowhere", "--out", "x", "--tokens", "0"], "--tokens is 0; it must be >= 1"),
         (["browse", "nowhere"], "not a feature cache"),
         (["export", "nowhere", "--to", "delphi", "--out", "x", "--latents", "9" * 6000], "two numbers were expected"),
+        (["browse", "nowhere", "--to-space", "io/my saes"], "'io/my saes' is not of the form owner/name"),
+        (
+            ["shift", "nowhere", "--by", "genre", "--out", "x", "--buckets", "a=b", "context_size=-1"],
+            "is given before it",
+        ),
         (["export", "nowhere", "--to", "delphi", "--out", "x", "--latents", "²"], "two numbers were expected"),
+        (["corpora", "stats", "micro-italiano", "--documents", "-5"], "--documents is -5; it must be >= 0"),
         (["ioi", "mini", "--seed", "-1"], "--seed is -1; it must be >= 0"),
         (["ioi", "mini", "--seed", str(2**63)], "it must be < 9223372036854775808"),
     ],

@@ -366,7 +366,7 @@ def named(what: str, pairs: Sequence[str] | None, least: int = 0) -> dict[str, s
         name, equals, value = pair.partition("=")
         if not (name and equals and value) or name in found:
             raise UsageError(f"{pair!r}: NAME=VALUE was expected, each name once.")
-        if value.isdecimal():
+        if value.removeprefix("-").isdecimal():
             raise UsageError(
                 f"{pair!r} after {what.partition(' NAME')[0]} is no text or model; a setting is given before it."
             )

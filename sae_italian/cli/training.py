@@ -123,9 +123,9 @@ def _train_in_processes(spec: Any, n: int, out: Path, words: list[str], folder: 
     how = asdict(folder)
     if where.engine == "ray":
         on_ray(spec, n, out, where.address, **how)
-        return
-    flags = [f"--{name}" for name, given in how.items() if given]
-    on_this_machine(spec, n, ["train", *words, "--out", str(out), *flags])
+    else:
+        flags = [f"--{name}" for name, given in how.items() if given]
+        on_this_machine(spec, n, ["train", *words, "--out", str(out), *flags])
 
 
 def evaluate(
@@ -207,7 +207,6 @@ def _doctor_of_set(folder: Path, tokens: int, source: Source) -> Result:
 
 def _corpus_of(sae: Any, text_column: str) -> str:
     """Return the SAE's own corpus where it can be read here, else MicroItaliano, and say so."""
-
     from sae_italian.corpora.stream import MICRO_ITALIANO, check_corpus
 
     named = sae.cfg.metadata.dataset_path

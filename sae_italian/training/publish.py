@@ -97,7 +97,7 @@ def publish(
 
 def check_repository(repo_id: str) -> None:
     """Raises: UsageError for what is not the name of a repository, owner/name."""
-    if repo_id.count("/") != 1 or repo_id.startswith(("/", ".", "~")) or repo_id.endswith("/"):
+    if repo_id.count("/") != 1 or repo_id.strip("/.~") != repo_id or repo_id.split() != [repo_id]:
         raise UsageError(f"repository {repo_id!r} is not of the form owner/name, e.g. unipi/minerva-1b-saes.")
 
 
