@@ -162,13 +162,12 @@ def _entry(words: list[str]) -> dict[str, Any]:
 
     Raises: UsageError for a name that is none, or none any more; cyclopts would import every command to say it.
     """
-    n_words = 2 if set(words[:1]) & set(_TOLD["groups"]) else 1
-    name, last = " ".join(words[:n_words]), " ".join(words[n_words - 1 : n_words])
+    n = 2 if words and words[0] in _TOLD["groups"] else 1
+    name, last = " ".join(words[:n]), " ".join(words[n - 1 : n])
     is_old = " ".join(words[:2]) in OLD_COMMANDS  # `autointerp export`: its first word alone is a command still
     if not is_old and (name in COMMANDS or last in ("", "--help", "-h", "--version")):
         return COMMANDS.get(name, {})
-    group = name.removesuffix(last)
-    known = [command.removeprefix(group).split()[0] for command in COMMANDS if command.startswith(group)]
+    known = [command.split()[n - 1] for command in COMMANDS if command.split()[: n - 1] == words[: n - 1]]
     raise UsageError(_renamed(words) or f"no command {name!r}. {nearest(last, known)}")
 
 

@@ -11,18 +11,7 @@ import sae_italian
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of
 from sae_italian.base.report import plain
-from sae_italian.cli import (
-    Count,
-    Many,
-    Model,
-    Result,
-    Sae,
-    Seed,
-    key_values,
-    named,
-    numbers,
-    short_names,
-)
+from sae_italian.cli import Count, Many, Model, Result, Sae, Seed, key_values, named, numbers, short_names
 from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits, full_name, model_of, weights_hash
 

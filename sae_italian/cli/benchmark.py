@@ -25,19 +25,7 @@ from sae_italian.benchmark.hub import gather_hub, hub_tasks
 from sae_italian.benchmark.material import gather
 from sae_italian.benchmark.pages import leaderboard, read_entries, send_to_wandb, write
 from sae_italian.benchmark.tasks import all_tasks, chosen
-from sae_italian.cli import (
-    Folder,
-    Many,
-    Model,
-    Out,
-    Result,
-    Seed,
-    Source,
-    named,
-    numbers,
-    own_words,
-    short_names,
-)
+from sae_italian.cli import Folder, Many, Model, Out, Result, Seed, Source, named, numbers, own_words, short_names
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.saes import model_of
 from sae_italian.saes.baselines import TOPK, fit_baselines, random_twin
