@@ -69,7 +69,7 @@ class RunSpec(BaseModel):
     """Folder of these activations."""
     repeat_corpus: bool = False
     """Read a corpus again when it has fewer tokens than the training asks for, instead of refusing it."""
-    sae: dict[str, Any]
+    sae: dict[str, Annotated[Any, BeforeValidator(whole)]]
     """`architecture` and the fields of SAELens' training config for it; `d_in` is read from the model. `start`, where b_dec
     starts, is `mean` unless it says `zero` or `geometric_median`."""
     from_pretrained_path: str | None = None
@@ -177,7 +177,7 @@ class RunSpec(BaseModel):
             if key not in valid:
                 raise UsageError(f"unknown key 'sae.{key}' for architecture {name!r}. {nearest(key, valid)}")
             try:
-                given[key] = TypeAdapter(kinds[key]).validate_python(whole(value))
+                given[key] = TypeAdapter(kinds[key]).validate_python(value)
             except ValidationError as error:
                 raise refusal(error, f"config key 'sae.{key}'") from error
         if self.k_anneal_share:

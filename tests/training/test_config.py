@@ -35,6 +35,11 @@ def test_load_config_is_saelens_own_object(own_cache):
     assert config.hook_name == "blocks.1.hook_resid_post" and config.exclude_special_tokens is True
 
 
+def test_a_size_in_thousands_is_a_number_for_whoever_reads_the_settings():
+    spec = load_spec("mini/topk", "sae.d_sae=1k", "training_tokens=20k")
+    assert spec.sae["d_sae"] == 1000 and spec.training_tokens == 20_000 and spec.sae_config().d_sae == 1000
+
+
 @pytest.mark.parametrize("path", ["configs/mini/topk.yaml", "mini/topk.yaml", "mini/topk"])
 def test_shipped_configs_are_found_by_name(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
