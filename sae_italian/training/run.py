@@ -18,7 +18,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from sae_italian.base.errors import SaeItalianError, UsageError
-from sae_italian.base.storage import STOP_SIGNALS, claimed
+from sae_italian.base.storage import STOP_SIGNALS, claimed, record_in
 from sae_italian.base.units import connect
 from sae_italian.corpora.pretokenize import is_pretokenized
 from sae_italian.corpora.stream import check_corpus
@@ -62,12 +62,11 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
         spec = RunSpec.from_saelens(spec)
     out = Path(out)
     check_run(spec)
-    how: Any = {"resume": resume, "overwrite": overwrite, "changeable": CHANGEABLE}
     with joined(spec) as processes, contextlib.ExitStack() as stack:
         here = placed(spec)
         model = _model_of(here)
         if processes.first:
-            stack.enter_context(_claimed(out, KIND, spec, **how))
+            stack.enter_context(_claimed(out, KIND, spec, resume=resume, overwrite=overwrite))
         processes.meet(out)
         others = range(here.seed + 1, here.seed + here.seeds)
         specs = {f"seed-{seed}": here.model_copy(update={"seed": seed, "seeds": 1}) for seed in others}
@@ -90,7 +89,8 @@ def _claimed(folder: Path, kind: str, spec: RunSpec | SuiteSpec, **how: Any) -> 
     """Hold a folder as `claimed`; a record made before a setting was there holds its default."""
     fields = type(spec).model_fields.items()
     defaults = {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
-    return claimed(folder, kind, spec.model_dump(mode="json"), defaults=to_jsonable_python(defaults), **how)
+    how |= {"changeable": CHANGEABLE, "defaults": to_jsonable_python(defaults)}
+    return claimed(folder, kind, spec.model_dump(mode="json"), **how)
 
 
 def seed_folders(folder: Path) -> list[Path]:
@@ -116,7 +116,12 @@ def train_suite(
     out = Path(out)
     groups = [(f"group-{index:03}", specs) for index, specs in enumerate(suite.groups())]
     check_run(next(iter(groups[0][1].values())))
-    with _claimed(out, SUITE_KIND, suite, resume=resume, overwrite=overwrite):
+    recorded = suite
+    if resume and (earlier := record_in(out).get("spec", {}).get("settings")):  # what may change stays as it began
+        same = {key: value for key, value in suite.settings.items() if key not in CHANGEABLE}
+        same |= {key: earlier[key] for key in CHANGEABLE & earlier.keys()}
+        recorded = suite.model_copy(update={"settings": same})
+    with _claimed(out, SUITE_KIND, recorded, resume=resume, overwrite=overwrite):
         trained = run_units(partial(train_group, out), groups)
         return [folder for folders in trained for folder in folders]
 

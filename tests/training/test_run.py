@@ -341,9 +341,10 @@ def test_evaluation_while_training_costs_no_training_token(small_spec, trained_s
     assert cards[1]["eval/explained_variance"] > cards[0]["eval/explained_variance"]
 
 
-def test_a_corpus_that_ends_early_saves_the_state_and_can_be_repeated(small_spec, tmp_path, jsonl, monkeypatch):
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_corpus_that_ends_early_saves_the_state_and_can_be_repeated(small_spec, tmp_path, jsonl, monkeypatch, seeds):
     monkeypatch.setattr(run_module, "check_length", lambda *_: None)  # as for a corpus of the hub
-    spec = small_spec.model_copy(update={"corpus": str(jsonl), "training_tokens": 40_960})
+    spec = small_spec.model_copy(update={"corpus": str(jsonl), "training_tokens": 40_960, "seeds": seeds})
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="the corpus ended after .* of the 40,960 training_tokens; the state is saved"):
         train(spec, out)

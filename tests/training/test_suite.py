@@ -138,6 +138,19 @@ def test_a_group_is_a_unit_of_work_and_resumes_where_it_was_stopped(tmp_path, mo
     assert not (out / "group-000").exists()
 
 
+def test_a_suite_that_was_stopped_goes_on_with_settings_that_may_change(tmp_path, monkeypatch):
+    """The corpus that ended early is repeated, as the message asks for; what decides the result is still refused."""
+    out, original = tmp_path / "suite", Loop._step
+    monkeypatch.setattr(Loop, "_step", lambda self: 1 / 0 if self.first.n_steps == 3 else original(self))
+    with pytest.raises(ZeroDivisionError):
+        train_suite(small("layers=[1]", "sites=[R]", "checkpoint_every_tokens=1024"), out)
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="lr was 0.004, is now 1"):
+        train_suite(small("layers=[1]", "sites=[R]", "lr=1"), out, resume=True)
+    changed = small("layers=[1]", "sites=[R]", "repeat_corpus=true", "checkpoint_every_tokens=2048")
+    assert all((folder / "sae_weights.safetensors").is_file() for folder in train_suite(changed, out, resume=True))
+
+
 def test_the_dry_run_prints_groups_tokens_and_memory_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "mini/suite", *SMALL, "--dry-run", "--json"]) == 0
