@@ -116,14 +116,13 @@ def train_suite(
     out = Path(out)
     groups = [(f"group-{index:03}", specs) for index, specs in enumerate(suite.groups())]
     check_run(next(iter(groups[0][1].values())))
-    recorded = suite
-    if resume and (earlier := record_in(out).get("spec", {}).get("settings")):  # what may change stays as it began
+    recorded, earlier = suite, record_in(out).get("spec", {}).get("settings")
+    if resume and earlier:  # of what may change it tells how it began
         same = {key: value for key, value in suite.settings.items() if key not in CHANGEABLE}
-        same |= {key: earlier[key] for key in CHANGEABLE & earlier.keys()}
-        recorded = suite.model_copy(update={"settings": same})
+        kept = {key: earlier[key] for key in CHANGEABLE & earlier.keys()}
+        recorded = suite.model_copy(update={"settings": same | kept})
     with _claimed(out, SUITE_KIND, recorded, resume=resume, overwrite=overwrite):
-        trained = run_units(partial(train_group, out), groups)
-        return [folder for folders in trained for folder in folders]
+        return [folder for folders in run_units(partial(train_group, out), groups) for folder in folders]
 
 
 def train_group(out: Path, group: tuple[str, Mapping[str, RunSpec]]) -> list[Path]:
@@ -178,9 +177,9 @@ def check_run(spec: RunSpec) -> None:
     spec.to_saelens()
     if spec.shard_latents:
         check_shards(spec.sae_config())
-        if spec.from_pretrained_path is not None:
-            raise UsageError("from_pretrained_path is not for sharded latents. Leave one of them out.")
     if spec.from_pretrained_path is not None:
+        if spec.shard_latents or spec.seeds > 1:  # which would all start alike
+            raise UsageError("from_pretrained_path goes with neither shard_latents nor seeds. Leave one of them out.")
         Origin(spec)
     check_corpus(spec.corpus, text_column=spec.text_column)
     for key in ("training_tokens", "buffer_tokens"):

@@ -187,6 +187,6 @@ def test_what_cannot_be_sharded_is_refused_by_name(spec, tmp_path):
         check_joint(given.model_copy(update={"k_anneal_share": 0.5}), 4)
     with pytest.raises(UsageError, match="seeds is 2; several processes train one seed"):
         check_joint(given.model_copy(update={"seeds": 2}), 2)
-    with pytest.raises(UsageError, match="from_pretrained_path is not for sharded latents"):
+    with pytest.raises(UsageError, match="from_pretrained_path goes with neither shard_latents"):
         check_run(given.model_copy(update={"from_pretrained_path": str(tmp_path)}))
     assert not (tmp_path / "sae").exists()
