@@ -64,8 +64,7 @@ class RunLog:
         finally:
             self.wandb_run.finish(exit_code=failed)
         if self.wandb_run.offline:
-            told = "W&B holds this run offline; send it with: wandb sync"
-            sys.stderr.write(f"{told} {self.out}/wandb/offline-*\n")
+            sys.stderr.write(f"W&B holds this run offline; send it with: wandb sync {self.out}/wandb/offline-*\n")
 
     def _start(self) -> Any:
         import wandb

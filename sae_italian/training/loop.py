@@ -318,9 +318,8 @@ class Loop:
         if early or name in self.warned or not (dying or explained < 0) or not self.processes.first:
             return
         self.warned.add(name)
-        remedy = "Lower lr, or raise sae.aux_loss_coefficient (TopK)."
-        if spec.sae.get("start") == "zero":
-            remedy = "Set sae.start=mean."
+        at_zero = spec.sae.get("start") == "zero"
+        remedy = "Set sae.start=mean." if at_zero else "Lower lr, or raise sae.aux_loss_coefficient (TopK)."
         bar.write(
             f"sae-italian: {name} after {steps} steps: explained variance {explained:.2f}, {dead:,} of "
             f"{spec.sae['d_sae']:,} latents dead{' and more with every step' if dying else ''}. It does not fit these "

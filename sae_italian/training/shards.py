@@ -224,7 +224,6 @@ def traffic(tokens: int, d_in: int, k: int, world: int, *, dead: bool) -> dict[s
 
     What goes over the wire is `gather` times W - 1 and `add` times 2 (W - 1) / W, in a ring. dead: with the auxiliary loss.
     """
-    k_aux = d_in // 2 if dead else 0
-    gather = tokens // world * d_in + tokens * (k + k_aux)
+    gather = tokens // world * d_in + tokens * (k + (d_in // 2 if dead else 0))
     add = tokens * d_in * (2 if dead else 1)
     return {"gather": FLOAT * gather, "add": FLOAT * add}

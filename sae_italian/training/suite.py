@@ -24,14 +24,13 @@ from sae_italian.models.activations import read_many
 from sae_italian.models.hooks import SITES, Site, parse_hook_name
 from sae_italian.models.loading import weights_are_here
 from sae_italian.training.config import RunSpec, read_values, spec_from_dict
-from sae_italian.training.shards import traffic
+from sae_italian.training.shards import FLOAT, traffic
 from sae_italian.training.text import WindowBlocks, check_length, training_documents
 
 # The architecture that trains a transcoder as `sae.architecture` trains an SAE.
 TRANSCODES = {"topk": "topk_transcoder", "sparse_topk": "topk_transcoder", "standard": "transcoder"}
 GB = 1e9
 COPIES = 4  # of the weights: themselves, the gradient, Adam's two averages
-FLOAT = 4  # bytes; SAEs train in float32
 SPARSE = ("sparse_topk", "topk_transcoder")
 DEVICE_GB = (24, 80)  # of the devices a dry run plans for
 LOOKED_AT = 2048  # tokens whose activations a dry run reads
@@ -76,8 +75,7 @@ class SuiteSpec(BaseModel):
         return made
 
     def _member(self, layer: int, site: Site, expansion: float, d_in: int) -> RunSpec:
-        start = {"decoder_init_norm": (2 / expansion) ** 0.5}
-        sae = {**start, **self.settings["sae"], "d_sae": round(expansion * d_in)}
+        sae = {"decoder_init_norm": (2 / expansion) ** 0.5, **self.settings["sae"], "d_sae": round(expansion * d_in)}
         values = {**self.settings, "sae": sae, "hook_name": f"blocks.{layer}.{SITES[site]}"}
         if site == "TC":
             if sae.get("architecture") not in TRANSCODES:
