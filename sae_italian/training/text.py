@@ -45,7 +45,7 @@ def training_documents(spec: RunSpec) -> Documents:
 
 
 def _count_tokens(spec: RunSpec, tokenizer: Any) -> int | None:
-    """Return how many tokens there are to train on; None for a corpus that is not on this disk.
+    """Return how many tokens there are to train on; None for a corpus that is not on this disk, or is too long to be read.
 
     Reading stops where the characters read must hold `training_tokens`; what is returned is then that number.
     """
@@ -56,11 +56,11 @@ def _count_tokens(spec: RunSpec, tokenizer: Any) -> int | None:
         return len(documents) * documents.context_size
     if not all(path_of(name).exists() for name in mixture(spec.corpus)[0]):
         return None
-    n_characters, enough = 0, min(CHARACTERS_PER_TOKEN * spec.training_tokens, COUNTED_CHARACTERS)
+    n_characters, enough = 0, CHARACTERS_PER_TOKEN * spec.training_tokens
     for document in documents():
         n_characters += len(document.text)
-        if n_characters >= enough:
-            return spec.training_tokens
+        if n_characters >= min(enough, COUNTED_CHARACTERS):
+            return spec.training_tokens if n_characters >= enough else None
     blocks = pack(documents(), tokenizer, spec.context_size)
     return sum(int((~special_mask(block.tokens, tokenizer)).sum()) for block in blocks)
 

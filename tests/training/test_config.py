@@ -160,6 +160,12 @@ def test_a_missing_key_is_named_and_a_half_precision_model_is_asked_for(tmp_path
     assert [config.verbose for config in asked] == [False, False]
 
 
+def test_a_corpus_too_long_to_be_read_is_not_said_to_be_long_enough(mini, jsonl, monkeypatch):
+    monkeypatch.setattr("sae_italian.training.text.COUNTED_CHARACTERS", 1000)
+    spec = load_spec("mini/topk", f"corpus={jsonl}", "training_tokens=6B")
+    assert check_length(spec, mini.tokenizer).endswith("its tokens are not counted")
+
+
 @pytest.mark.parametrize(("n_tokens", "words"), [
     ("1k", "1,000 training tokens or more, at most one epoch"),
     ("400k", "training tokens, 1[0-9].[0-9] epochs"),
