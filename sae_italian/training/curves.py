@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import OURS, REFERENCE, svg
 from sae_italian.base.storage import read_json, record_in, understood
 from sae_italian.evaluation.doctor import Finding
-from sae_italian.training.config import RunSpec, configs_folder
+from sae_italian.training.config import configs_folder
 from sae_italian.training.logging import LOSS_KEYS, METRICS_FILE, WEIGHTS, read_metrics
+from sae_italian.training.run import CHANGEABLE
 
 TITLES = {
     "loss": "loss · perdita",
@@ -28,7 +29,7 @@ TITLES = {
 # not estimated: wide enough for another seed or machine.
 TOLERANCE = {"loss": (0.15, 0.0), "l0": (0.15, 0.5), "explained_variance": (0.0, 0.04), "dead": (0.0, 0.05)}
 # Settings that leave the curve as it is.
-NEUTRAL = {"seed", "device"} | {name for name in RunSpec.model_fields if name.startswith(("wandb", "checkpoint_every"))}
+NEUTRAL = {"seed", "seeds", "device"} | CHANGEABLE
 
 
 class Curve(NamedTuple):
@@ -105,10 +106,13 @@ def _checks(curve: Curve, healthy: Curve | None, spec: dict[str, Any]) -> Iterat
     """Yield divergence, L0, dead latents and explained variance, each judged on the last tenth of the rows."""
     n = max(1, len(curve.share) // 10)
     last = {name: float(values[-n:].mean()) for name, values in curve.values.items()}
-    yield _loss_check(curve.values["loss"], last["loss"], spec["lr"])
-    k, settled = spec["sae"].get("k"), curve.share[-n] > spec.get("k_anneal_share", 0.0)
+    k, n_warm = spec["sae"].get("k"), max(spec["sae"].get(f"l{norm}_warm_up_steps", 0) for norm in (0, 1))
+    warm = n_warm * spec["train_batch_size_tokens"] / spec["training_tokens"]
+    # before, fewer latents fire with every step, and the loss grows by plan
+    settled = curve.share > max(spec.get("k_anneal_share", 0.0), warm)
+    yield _loss_check(curve.values["loss"], settled, last["loss"], spec["lr"])
     if k is not None:
-        good = not settled or abs(last["l0"] - k) <= 0.05 * k
+        good = not settled[-n] or abs(last["l0"] - k) <= 0.05 * k
         yield _judged("l0", good, f"{last['l0']:.4g}, k = {k}", "look at the activations' scale and at the threshold")
     if healthy is None:
         return
@@ -133,13 +137,13 @@ def _judged(name: str, good: bool | np.bool_, found: str, remedy: str) -> Findin
     return Finding(f"training: {name}", "pass" if good else "warn", found, "" if good else remedy)
 
 
-def _loss_check(values: Float[np.ndarray, " rows"], last: float, lr: float) -> Finding:
-    smallest, wrong = float(values.min()), ""
-    if len(values) >= 3:
-        smallest = float(np.convolve(values, np.ones(3) / 3, "valid").min())
+def _loss_check(values: np.ndarray, settled: Bool[np.ndarray, " rows"], last: float, lr: float) -> Finding:
+    wrong, judged = "", values[settled]
+    if len(judged) >= 3:
+        judged = np.convolve(judged, np.ones(3) / 3, "valid")
     if not np.isfinite(values).all():
         wrong = "it is not finite any more"
-    elif last > 2 * smallest:
+    elif last > 2 * (smallest := float(judged.min(initial=np.inf))):
         wrong = f"it is diverging: {last:.4g} now, {smallest:.4g} before"
     status = "fail" if wrong else "pass"
     return Finding("training: loss", status, wrong or f"{last:.4g}", f"lower lr (now {lr})" if wrong else "")

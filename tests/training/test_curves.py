@@ -137,6 +137,24 @@ def test_the_grey_band_is_what_is_tolerated_and_the_legend_says_so(healthy, tmp_
     assert words[0].startswith("tolerated around a healthy run") and words == [*words[:1], "run"]
 
 
+@pytest.mark.parametrize("warm", [{"k_anneal_share": 0.6}, {"sae": {"d_sae": 256, "l1_warm_up_steps": 24}}])
+def test_a_loss_that_grows_by_plan_is_not_diverging(healthy, tmp_path, warm):
+    """While k falls, or an L1 coefficient grows, fewer latents fire with every step; after that it may not grow."""
+    curve, spec = healthy
+    planned = {**spec, **warm}
+    by_plan = written(tmp_path / "plan", curve, planned, loss=lambda x: 20 + 60 * np.minimum(curve.share / 0.6, 1))
+    assert "training: loss" not in findings(by_plan)
+    assert "training: loss" in findings(written(tmp_path / "fixed", curve, spec, loss=lambda x: 20 + 60 * ramp(x)))
+    late = written(tmp_path / "late", curve, planned, loss=lambda x: np.where(curve.share < 0.8, 20.0, 200.0))
+    assert "diverging" in findings(late)["training: loss"]
+
+
+def test_settings_that_leave_the_curve_as_it_is_are_held_against_it(healthy, tmp_path):
+    curve, spec = healthy
+    run = written(tmp_path / "run", curve, {**spec, "seeds": 3, "evaluate_every_tokens": 5000, "repeat_corpus": True})
+    assert "beside a healthy run of r/own" in look_at_training(run)[0][0].found
+
+
 def test_a_loss_that_is_not_finite(healthy, tmp_path):
     folder = written(tmp_path / "run", *healthy, loss=lambda x: np.append(x[:-1], np.nan))
     assert "not finite" in findings(folder)["training: loss"]
