@@ -125,8 +125,7 @@ def send_space(folder: Path, repo_id: str) -> str:
     """
     with _writing(repo_id) as api:
         api.create_repo(repo_id, repo_type="space", space_sdk="static", exist_ok=True)
-        old = ["data/*", "other/*"]  # of a browser of more latents
-        where = {"repo_id": repo_id, "repo_type": "space", "delete_patterns": old}
+        where = {"repo_id": repo_id, "repo_type": "space", "delete_patterns": ["data/*", "other/*"]}  # a larger one's
         api.upload_folder(folder_path=folder, commit_message="Latent browser", **where)
         return f"{api.endpoint}/spaces/{repo_id}"
 
@@ -200,6 +199,7 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
     with understood(folder / "cfg.json"):
         architecture = read_json(folder / "cfg.json").get("architecture", "sae")
     entry = catalogue().get(card.model)
+    word = entry.licence.lower() if entry else "other"
     words: dict[str, Any] = {
         "card": card,
         "repo_id": repo_id,
@@ -222,7 +222,7 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
     values = {key: estimate.value for key, estimate in card.estimates().items() if key in RESULTS}
     front = ModelCardData(
         library_name="saelens",
-        license=licence or (entry.licence.lower() if entry else "other"),
+        license=licence or ("other" if " " in word else word),  # the hub refuses a card with words not its own
         language=["it"],
         tags=["sparse-autoencoder", "sae", "saelens", "sae-italian", "mechanistic-interpretability", architecture],
         metrics=list(RESULTS),

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -13,7 +14,8 @@ import yaml
 
 from sae_italian.base.errors import UsageError
 from sae_italian.cli import main
-from sae_italian.evaluation import evaluate
+from sae_italian.evaluation import evaluate, read_card
+from sae_italian.models import catalogue
 from sae_italian.saes import load_sae
 from sae_italian.training.publish import CURVES, PAGES, TABLES, model_card, publish
 from tests import fresh
@@ -84,10 +86,6 @@ def test_the_model_card_says_what_the_hub_reads(judged, hub):
 
 
 def test_base_model_and_datasets_are_named_when_the_hub_has_them(judged, tmp_path):
-    from dataclasses import replace
-
-    from sae_italian.evaluation import read_card
-
     card = read_card(judged)
     assert card is not None
     real = replace(card, model="sapienzanlp/Minerva-1B-base-v1.0", corpus="gsarti/clean_mc4_it")
@@ -96,6 +94,15 @@ def test_base_model_and_datasets_are_named_when_the_hub_has_them(judged, tmp_pat
     assert front["license"] == "apache-2.0"
     local = yaml.safe_load(model_card(judged, card, "me/saes", "x", "cc-by-4.0").split("---")[1])
     assert "base_model" not in local and "datasets" not in local and local["license"] == "cc-by-4.0"
+
+
+def test_the_licence_of_every_model_is_one_of_the_hubs_words(judged):
+    """It refuses others, after the weights were sent. Its list: https://huggingface.co/docs/hub/repositories-licenses"""
+    card = read_card(judged)
+    assert card is not None
+    texts = [model_card(judged, replace(card, model=name), "me/saes", "x") for name in catalogue()]
+    found = {yaml.safe_load(text.split("---")[1])["license"] for text in texts}
+    assert found == {"apache-2.0", "mit", "other"}
 
 
 def test_a_second_sae_leaves_the_readme_alone(judged, hub):
