@@ -35,6 +35,8 @@ DECIDING = (
     *("disable_concat_sequences", "sequence_separator_token", "feature_sampling_window"),
     *("adam_beta1", "adam_beta2", "lr_end", "n_restart_cycles", "autocast", "autocast_lm"),
 )
+# SAELens' scales of the input. The first two are one number, which any SAE can take into its weights.
+SCALES = ("none", "expected_average_only_in", "covariance_whitening", "layer_norm")
 THOUSANDS = {"k": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -135,10 +137,6 @@ class RunSpec(BaseModel):
         """The hooks that are read: one, or a transcoder's input and target."""
         return (self.hook_name,) if self.hook_name_out is None else (self.hook_name, self.hook_name_out)
 
-    @property
-    def n_steps(self) -> int:
-        return self.training_tokens // self.train_batch_size_tokens
-
     def sae_config(self) -> Any:
         """Return SAELens' training config of the SAE.
 
@@ -149,9 +147,7 @@ class RunSpec(BaseModel):
         check_context(self.context_size, model_config)
         d_in, k = model_config.hidden_size, given.get("k", getattr(config_class, "k", None))
         if given.get("d_in", d_in) != d_in:
-            raise UsageError(
-                f"sae.d_in is {given['d_in']}, but {self.model} has {d_in} at {self.hook_name}. Remove the key."
-            )
+            raise UsageError(f"sae.d_in is {given['d_in']}, but {self.model} has {d_in}. Remove the key.")
         if "d_sae" not in given:
             raise UsageError(f"sae.d_sae is missing: the number of latents, e.g. {16 * d_in}.")
         if k is not None and not 0 < k < given["d_sae"]:
@@ -171,8 +167,11 @@ class RunSpec(BaseModel):
         if not isinstance(name, str) or name not in KNOWN:
             raise UsageError(f"sae.architecture {name!r} is unknown. {nearest(str(name), KNOWN)}")
         config_class = self._config_class(name, given)
-        kinds: dict[str, Any] = get_type_hints(config_class) | {"d_sae": Count}
         valid = sorted(field.name for field in fields(config_class) if field.name != "metadata")
+        # our tied SAE and transcoders know no other; with the auxiliary loss no token has a scale of its own
+        n_scales = 2 if name == "tied" or "d_out" in valid else 3 if "aux_loss_coefficient" in valid else 4
+        ours = {"reshape_activations": Literal["none"], "normalize_activations": Literal[SCALES[:n_scales]]}
+        kinds: dict[str, Any] = get_type_hints(config_class) | ours | {"d_sae": Count}
         for key, value in given.items():
             if key not in valid:
                 raise UsageError(f"unknown key 'sae.{key}' for architecture {name!r}. {nearest(key, valid)}")
@@ -183,7 +182,9 @@ class RunSpec(BaseModel):
         if self.k_anneal_share:
             if not {"k", "k_anneal_steps"} <= set(valid):
                 raise UsageError(f"k_anneal_share needs an SAE with a k, such as topk; sae.architecture is {name!r}.")
-            given["k_anneal_steps"] = round(self.k_anneal_share * self.n_steps)
+            given["k_anneal_steps"] = round(
+                self.k_anneal_share * (self.training_tokens // self.train_batch_size_tokens)
+            )
         return config_class, given
 
     def _config_class(self, architecture: str, given: dict[str, Any]) -> Any:

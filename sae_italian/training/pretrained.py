@@ -21,7 +21,7 @@ from sae_italian.models import parse_hook_name, resolved_here
 from sae_italian.saes import load_sae
 from sae_italian.saes.fit import CHUNK, fit, threshold_for
 from sae_italian.saes.loading import hooks_of, weights_hash
-from sae_italian.training.config import RunSpec
+from sae_italian.training.config import SCALES, RunSpec
 
 LATENT_MAP = "latent_map.safetensors"
 SAMPLE = 8192  # tokens on which the origin is measured and thresholds are set
@@ -29,9 +29,8 @@ DRIFTED_BELOW = 0.9  # cosine of a latent with itself at the start
 NEW_BELOW = 0.5  # cosine with the nearest of all latents at the start
 PLAIN = {"W_enc", "b_enc", "W_dec", "b_dec"}
 # Architectures with these weights alone; the last three are ours.
-TAKE_PLAIN = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "standard", "jumprelu"}
-TAKE_PLAIN |= {"sparse_topk", "topk_transcoder", "transcoder"}
-FOLDABLE = ("none", "expected_average_only_in")  # can be moved into the weights
+TAKE_PLAIN = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "standard", "jumprelu", "sparse_topk"}
+TAKE_PLAIN |= {"topk_transcoder", "transcoder"}
 
 
 class Origin:
@@ -82,8 +81,7 @@ class Origin:
             state["b_enc"] = state["b_enc"] + shift * (state["b_dec"] @ state["W_enc"])
         if "threshold" in own and "threshold" not in state:
             k = getattr(origin.cfg, "k", None)  # without one it is a ReLU, whose threshold is 0
-            theta = threshold_for(origin, x, k) if k else 0.0
-            state["threshold"] = torch.full_like(own["threshold"], theta)
+            state["threshold"] = torch.full_like(own["threshold"], threshold_for(origin, x, k) if k else 0.0)
         sae.load_state_dict({name: state.get(name, tensor) for name, tensor in own.items()})
         if "topk_threshold" in own:
             sae.topk_threshold.fill_(threshold_for(sae, x, sae.cfg.k))
@@ -119,17 +117,15 @@ def _facts(cfg: Any, model: str | None, hook_names: Iterable[str]) -> dict[str, 
         "model": _short(model),
         "hook": [parse_hook_name(name).name for name in hook_names],
         "d_out": getattr(cfg, "d_out", cfg.d_in),
-        "normalize_activations": "none" if mode in FOLDABLE else mode,
+        "normalize_activations": "none" if mode in SCALES[:2] else mode,
         "architecture": cfg.architecture().removeprefix("started_"),
     }
 
 
 def _short(model: str | None) -> str | None:
     """Return the last part of a model's name: releases write `gemma-2-2b` where others write `google/gemma-2-2b`."""
-    if model is None:
-        return None
-    known = resolved_here(model)
-    return Path(known.saved_name if known else model).name.lower()
+    known = resolved_here(model) if model else None
+    return model and Path(known.saved_name if known else model).name.lower()
 
 
 @torch.no_grad()

@@ -63,6 +63,16 @@ def test_shipped_configs_are_found_by_name(path, tmp_path, monkeypatch):
         (["l1_coefficient=3"], "unknown key 'l1_coefficient'"),
         (["sae.k=banana"], "config key 'sae.k'.*banana"),
         (["sae.normalize_activations=no"], "config key 'sae.normalize_activations'"),
+        (["sae.normalize_activations=layer_norm"], "it should be 'none', .* or 'covariance_whitening'"),
+        (
+            ["sae={architecture: tied, d_sae: 256, normalize_activations: layer_norm}"],
+            "it should be 'none' or 'expected_average_only_in'",
+        ),
+        (
+            ["sae={architecture: transcoder, d_sae: 256, normalize_activations: covariance_whitening}"],
+            "it should be 'none' or 'expected_average_only_in'",
+        ),
+        (["sae.reshape_activations=hook_z"], "config key 'sae.reshape_activations' is 'hook_z'; it should be 'none'"),
         (["context_size=1024"], "the model has 512 positions"),
         (["sae.k=4096"], "below sae.d_sae"),
         (["sae.d_sae=1" + "0" * 400], "'sae.d_sae' is 1000.*; it should be less than 9007199254740992"),

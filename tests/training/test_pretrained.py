@@ -96,7 +96,7 @@ def test_a_release_of_the_hub_in_sparsifys_format(from_sae, x, tmp_path, monkeyp
         ({}, {"d_sae": 128}, "d_sae is 256, the config's 128"),
         ({"hook_name": "blocks.2.hook_resid_post"}, {}, "hook is .*blocks.1.*blocks.2"),
         ({}, {"architecture": "gated", "k": None, "aux_loss_coefficient": None}, "architecture is topk.* gated"),
-        ({}, {"normalize_activations": "layer_norm"}, "normalize_activations is none, the config's layer_norm"),
+        ({}, {"normalize_activations": "covariance_whitening"}, "normalize_activations is none, the config's cov"),
         ({}, {"architecture": "tied", "k": None, "aux_loss_coefficient": None, "start": None}, "architecture"),
     ],
 )
