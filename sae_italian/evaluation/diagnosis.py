@@ -131,16 +131,12 @@ def fit_by_layer(sae: Any, model: Any, sample: Sample, n_tokens: int) -> dict[in
     hook_in, hook_out = (parse_hook_name(name) for name in hooks_of(sae))
     layers = range(model.config.num_hidden_layers)
     names = {layer: [f"blocks.{layer}.{hook.legacy}" for hook in (hook_in, hook_out)] for layer in layers}
+    every = [name for pair in names.values() for name in pair]
     n_windows = max(1, n_tokens // sample.tokens.shape[1])
     keep = sample.keep[:n_windows]
     tokens = sample.tokens[:n_windows].to(model.device)
-    acts = read_many(model, tokens, [name for pair in names.values() for name in pair])
-
-    def explained_at(*pair: str) -> float:
-        x, y = (acts[name][keep].to(sae.dtype) for name in pair)
-        return fit(sae, x, y).explained_variance
-
-    return {layer: explained_at(*pair) for layer, pair in names.items()}
+    acts = {name: each[keep].to(sae.dtype) for name, each in read_many(model, tokens, every).items()}
+    return {layer: fit(sae, acts[x], acts[y]).explained_variance for layer, (x, y) in names.items()}
 
 
 def _repaired(sae: Any) -> Any:

@@ -256,14 +256,17 @@ def _dead_check(sae: Any, sample: measure.Sample, fitted: Fit) -> Finding:
 def _repair_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Finding]:
     step = max(1, len(sample.x) // N_REPAIR_TOKENS)
     few = sample._replace(x=sample.x[::step][:N_REPAIR_TOKENS], y=sample.y[::step][:N_REPAIR_TOKENS])
-    now = fit(sae, few.x, few.y).explained_variance
-    yield _scale_check(sae, few, now, measures)
+    now, mode = fit(sae, few.x, few.y).explained_variance, getattr(sae.cfg, "normalize_activations", "none")
+    by_token = mode in ("layer_norm", "constant_norm_rescale")  # decoding then needs the very token that was encoded
+    alone = Finding("norm scale", "pass", f"each token is scaled by itself ({mode}): no constant factor is looked for")
+    yield alone if by_token else _scale_check(sae, few, now, mode, measures)
     yield _layer_check(sae, model, sample, measures)
     yield _decoder_check(sae, few, now, measures)
-    yield _gain_check(sae, few, now, measures)
+    if not by_token:
+        yield _gain_check(sae, few, now, measures)
 
 
-def _scale_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, Any]) -> Finding:
+def _scale_check(sae: Any, few: measure.Sample, now: float, mode: str, measures: dict[str, Any]) -> Finding:
     """Look for a constant factor on the SAE's input, on its output, or left out: normalisation that was not folded in."""
     scale, best = measure.best_scale(sae, few)
     out_scale, out_gain = measure.best_output_scale(sae, few)
@@ -275,7 +278,6 @@ def _scale_check(sae: Any, few: measure.Sample, now: float, measures: dict[str, 
         "output_gain": out_gain,
         "mean_norm": norm,
     }
-    mode = getattr(sae.cfg, "normalize_activations", "none")
     if best.explained_variance - now > max(CLEARLY, out_gain) and not 0.8 < scale < 1.25:
         found = f"and {best.explained_variance:.3f} when they are multiplied by {scale:.3g} first"
         remedy = f"fold the scale in: sae.fold_activation_norm_scaling_factor({scale:.4g}), once"

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from sae_lens import SAE
 from safetensors.torch import load_file, save_file
 
 from sae_italian.cli import main
@@ -105,6 +106,16 @@ def test_normalisation_that_was_never_folded_in(sae, mini):
     sae.cfg.normalize_activations = "expected_average_only_in"
     check = report(sae, mini).check("norm scale")
     assert check.status == "fail" and "not folded in" in check.found
+
+
+@pytest.mark.parametrize("mode", ["layer_norm", "constant_norm_rescale"])
+def test_an_sae_that_scales_each_token_by_itself_is_looked_at_whole(sae, mini, mode):
+    fields = {**sae.cfg.to_dict(), "normalize_activations": mode}
+    scaling = SAE.from_dict(fields)
+    scaling.load_state_dict(sae.state_dict())
+    found = report(scaling, mini)
+    assert "scaled by itself" in found.check("norm scale").found
+    assert found.check("decoder layout").status == "pass" and found.measures["explained_variance_by_layer"]
 
 
 def test_another_layer(sae, mini):
