@@ -228,7 +228,7 @@ class Probes:
 
     sae: str
     detections: list[Detection]
-    detectors: list[Detection] = field(repr=False)  # single latents worth writing down, of the SAE's own labels
+    detectors: list[Detection] = field(repr=False)  # single latents worth writing down, of the SAE itself
     n_words: dict[str, tuple[int, int]]  # train, test
 
     def by_label(self, method: str, trained: str, tested: str = "") -> dict[str, Detection]:

@@ -100,7 +100,7 @@ class Tuned(NamedTuple):
 
     rule: Any
     accuracy: float
-    worth: float  # the accuracy less what the keys cost a reader; of a whole rule the least that they can cost
+    worth: float  # the accuracy less what the keys cost a reader; of a whole rule the least they can cost
     reach: float = 1.0  # the accuracy that it would have if it never said yes wrongly
 
 

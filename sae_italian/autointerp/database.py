@@ -78,7 +78,7 @@ class RecordTable(Generic[R]):
 
     def _written(self, record: R) -> R:
         told = {name: getattr(record, name) for name in self.json_columns}
-        longest = sys.maxsize if self.name == CALLS_TABLE else LONG  # paid answers stay readable by any program
+        longest = sys.maxsize if self.name == CALLS_TABLE else LONG  # paid answers stay readable anywhere
         return record._replace(**{name: packed(value, longest) for name, value in told.items() if value is not None})
 
     def select(

@@ -218,7 +218,7 @@ class Verdicts(NamedTuple):
     """A judge's answers, one per example."""
 
     said: Int[np.ndarray, " examples"]  # 1 yes, 0 no, -1 no usable answer
-    probability: Float[np.ndarray, " examples"] | None = None  # of yes, if the judge gives one; NaN: no answer
+    probability: Float[np.ndarray, " examples"] | None = None  # of yes, where one is given; NaN: no answer
 
 
 Judge = Any

@@ -32,7 +32,7 @@ SHOWN = 6  # keys that are named of a rule that does not say which
 MOST_LETTERS = 120  # of a text
 LISTED = 20  # keys kept for a reader beside the text
 INSIDE = "…"  # stands before a token that begins with a letter and no space
-LINE_ENDS = str.maketrans("\n\r\t", "⏎␍⇥")  # tokens of their own in Gemma, Qwen and GPT-2: a text is one line
+LINE_ENDS = str.maketrans("\n\r\t", "⏎␍⇥")  # tokens of their own in many models: a text is one line
 Term = tuple[Numbers, Numbers]  # conditions by number: those that hold, and those that do not
 PIECES = ("token", "previous", "next", "bigram", "trigram")  # families whose keys are tokens
 

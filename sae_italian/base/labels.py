@@ -72,7 +72,7 @@ def read_word(word: str) -> tuple[str, Any]:
     value = read_yaml(text, f"{word:.80}")
     try:
         json.dumps(value)
-    except (TypeError, ValueError, RecursionError) as error:  # a date, a set, bytes; a list that holds itself
+    except (TypeError, ValueError, RecursionError) as error:  # a date, a set; a list that holds itself
         raise UsageError(f"{word!r:.80}: a number, a text or a list was expected ({error}). Quote a text.") from error
     return key.strip(), value
 

@@ -36,7 +36,7 @@ from sae_italian.training.run import check_run, train_group
 
 GRID = (8, 16, 32, 64, 128)
 SHARES = {"d/8": 8, "d/4": 4, "d/2": 2}  # N of the proxy, by what the dictionary's width is divided by
-DECIDING = ("d/8", "d/4")  # N under d/2, as their notebook has it: half of all projections are noise about 0
+DECIDING = ("d/8", "d/4")  # N under d/2, as in their notebook: half of all projections are noise about 0
 BATCH_ELEMENTS = 2**22  # projections of one batch: 4,096 tokens of 1,024 latents
 PROBED = 150  # documents of MicroItaliano whose words the probes read, half of them in training
 PROBES = ("sparse 1", "sparse 20")  # of analysis/detect: logistic on one latent, and on twenty

@@ -171,7 +171,7 @@ class Pooling:
         """Return the pooled latents [points, d_sae]. Raises: UsageError when the SAE reads another width."""
         found, parts = [], zip(self._of_part, self.acts.parts(), strict=True)
         for pool, (_, x) in progress(what, parts, total=len(self._of_part), unit="part"):
-            used = np.flatnonzero(np.diff(pool.tocsc().indptr))  # tokens that no point needs are not encoded
+            used = np.flatnonzero(np.diff(pool.tocsc().indptr))  # tokens no point needs are not encoded
             if len(used):
                 found.append(scipy.sparse.csr_array(pool[:, used] @ encode_words(sae, x[used])))
         return scipy.sparse.csr_array(scipy.sparse.vstack(found, format="csr"))

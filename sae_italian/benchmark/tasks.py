@@ -216,7 +216,7 @@ class Problem:
     items: list[Item]
     texts: list[int]  # of each item, among all texts
     documents: list[str]
-    frequency: float  # of yes among all that are possible: the texts that are read hold more of what is rare
+    frequency: float  # of yes among all that are possible: what is read holds more of what is rare
 
     @property
     def name(self) -> str:

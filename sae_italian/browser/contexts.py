@@ -142,7 +142,7 @@ def borders_of(text: str, low: int, begin: int, peak: int, peak_end: int, end: i
     starts = [low] * (low == 0) + [min(one.end(), most) for one in found if low <= one.end() and one.start(1) < most]
     inside, word = _SPACE.search(text, begin, peak), _SPACE.search(text, end, high)
     start = (starts or [s.end() for s in _SPACE.finditer(text, low, most)] or [inside.end() if inside else begin])[-1]
-    start = next((at for at in range(start, peak_end) if not text[at].isspace()), start)  # a peak may be space
+    start = next((at for at in range(start, peak_end) if not text[at].isspace()), start)  # it may be space
     found = _ENDS.finditer(text, max(end - 1, peak_end), high + SEGMENT)
     ends = [one.end() for one in found if one.end() <= high]
     stop = ends[0] if ends else word.start() if word else high if high == len(text) else end

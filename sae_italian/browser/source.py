@@ -75,7 +75,7 @@ class LatentSource:
     def _read_results(self, file: Path) -> None:
         try:
             results = read_json(file) if file.is_file() else {}
-            if "card" not in results:  # `evaluate` leaves it with the SAE; one of an older version is not shown
+            if "card" not in results:  # `evaluate` leaves it with the SAE; an older version's is not shown
                 with suppress(DataError):
                     results["card"] = plain(read_card(Path(self.cache.manifest.sae)))
             self.metrics: list[Record] = records(results, "metrics")

@@ -253,7 +253,7 @@ def transpose_range(folder: Path, manifest: Manifest, bounds: tuple[int, int]) -
         values.append(full_values(run, begin, end))
         base += base.dtype.type(shard.n_windows * manifest.context_size)
     latent = np.concatenate(latents)
-    by_latent = np.argsort(latent, kind="stable")  # of 16 bits: a counting sort, which keeps the corpus' order
+    by_latent = np.argsort(latent, kind="stable")  # of 16 bits: a counting sort, in the corpus' order
     arrays = {
         "indptr": pointers(latent, last + 1 - first),
         "position": np.concatenate(positions)[by_latent],

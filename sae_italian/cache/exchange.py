@@ -124,7 +124,7 @@ def _split(cache: FeatureCache, first: int, last: int) -> dict[str, np.ndarray]:
         latents.append(local[keep])
         values.append(np.minimum(value[keep], FP16_MAX).astype(np.float16))
     position, latent = np.concatenate(positions), np.concatenate(latents)
-    order = np.argsort(position, kind="stable")  # latents ascend within a position, as torch.nonzero gives them
+    order = np.argsort(position, kind="stable")  # latents ascend within a position, as in torch.nonzero
     locations = np.stack([*np.divmod(position[order], cache.manifest.context_size), latent[order]], axis=1)
     return {
         "locations": locations.astype(np.uint16 if locations.max(initial=0) < 2**16 else np.uint32),

@@ -52,7 +52,7 @@ class FeatureCache:
         self._firsts = [item.first for item in manifest.ranges]
         self._document_base = np.cumsum([0, *(shard.n_documents for shard in manifest.shards)]).tolist()
         self._shard_positions = manifest.windows_per_shard * manifest.context_size
-        self._digests = manifest.files() if manifest.complete else {}  # a build trusts what it has just written
+        self._digests = manifest.files() if manifest.complete else {}  # a build trusts what it just wrote
         self._lengths = {item.file: {"indptr": item.last - item.first + 2} for item in manifest.ranges}
         for shard in manifest.shards:
             sizes = {"tokens": shard.n_windows * manifest.context_size, "text_ptr": shard.n_documents + 1}

@@ -256,7 +256,7 @@ def examine_set(
     silent = special(windows, model.tokenizer)
     fits, twins = [], {}
     hooks = [hook for sae in by_layer.values() for hook in hooks_of(sae)]
-    parts = [read_many(model, tokens, hooks) for tokens in windows.split(WINDOWS)]  # of one pass for all layers
+    parts = [read_many(model, tokens, hooks) for tokens in windows.split(WINDOWS)]  # one pass for all layers
     for layer, sae in sorted(by_layer.items()):
         x, y = (torch.cat([part.pop(hook) for part in parts])[~silent].to(sae.dtype) for hook in hooks_of(sae))
         found = fit(sae, x, y)

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known |= {"minutes": float(told["minutes"])} if "minutes" in told else {}
         settings, words = own_words(words, known)
         command, bound, _ = build().parse_args(words, exit_on_error=False, print_error=False)
-        with on_signals(signal.default_int_handler, STOP_SIGNALS[1:]):  # these stop a command as Ctrl-C does
+        with on_signals(signal.default_int_handler, STOP_SIGNALS[1:]):  # they stop a command as Ctrl-C does
             result = _done(command, bound, "own_folder" in told, settings.get("minutes", float("inf")))
         if result is not None:
             next_step = _next_step(told["next"], bound.arguments, result.value)
@@ -164,7 +164,7 @@ def _entry(words: list[str]) -> dict[str, Any]:
     """
     n = 2 if words and words[0] in _TOLD["groups"] else 1
     name, last = " ".join(words[:n]), " ".join(words[n - 1 : n])
-    is_old = " ".join(words[:2]) in OLD_COMMANDS  # `autointerp export`: its first word alone is a command still
+    is_old = " ".join(words[:2]) in OLD_COMMANDS  # as `autointerp export`, whose first word is a command
     if not is_old and (name in COMMANDS or last in ("", "--help", "-h", "--version")):
         return COMMANDS.get(name, {})
     known = [command.split()[n - 1] for command in COMMANDS if command.split()[: n - 1] == words[: n - 1]]

@@ -172,7 +172,7 @@ def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str],
     labels = label_names(banks)
     words = []
     for number, bank in enumerate(banks):
-        with one_of(len(banks) - number + 1, alike=False):  # the last part of the time is that of the probes
+        with one_of(len(banks) - number + 1, alike=False):  # the last part of the time is the probes'
             words.append(read_words(model, hook_name, bank, labels, context_size=context))
     seen = words[0].x[words[0].train][:CALIBRATION_TOKENS]
     others = {"random twin": random_twin(sae, seed, lambda: from_numpy(seen))} | others

@@ -29,7 +29,7 @@ from sae_italian.corpora.catalogue import PREFIX, Route, catalogue, explained, l
 
 MICRO_ITALIANO, HELD_OUT_MICRO = "micro-italiano", "micro-italiano, held out"
 PRETOKENIZED = "progress.json"  # the file that tells a pretokenised folder of ours
-MAX_LINE = 2**27  # characters; 20 million, as JSON may write them in six each. A longer line is cut, so broken
+MAX_LINE = 2**27  # characters; 20 million, which JSON may write in six each. A longer line is cut, so broken
 ROWS_PER_BATCH = 256
 HASHED_WHOLE = 2**28  # bytes of a corpus, about half a second
 HASHED_PARTS, HASHED_PART = 16, 2**18  # of each file of a larger one: parts, and bytes of a part

@@ -166,7 +166,7 @@ def mixture(corpus: str) -> tuple[list[str], list[float] | None]:
 
     What lies on this disk under the whole name is one corpus, with its commas.
     """
-    if os.path.exists(os.path.expanduser(corpus)):  # noqa: PTH110, PTH111  # says no to a list too long for a name
+    if os.path.exists(os.path.expanduser(corpus)):  # noqa: PTH110, PTH111  # no, of one too long for a name
         return [corpus], None
     parts = [part.strip() for part in corpus.split(",")]
     found = [_WEIGHTED.fullmatch(part) for part in parts]

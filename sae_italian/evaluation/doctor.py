@@ -257,7 +257,7 @@ def _repair_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[
     step = max(1, len(sample.x) // N_REPAIR_TOKENS)
     few = sample._replace(x=sample.x[::step][:N_REPAIR_TOKENS], y=sample.y[::step][:N_REPAIR_TOKENS])
     now, mode = fit(sae, few.x, few.y).explained_variance, getattr(sae.cfg, "normalize_activations", "none")
-    by_token = mode in ("layer_norm", "constant_norm_rescale")  # decoding then needs the very token that was encoded
+    by_token = mode in ("layer_norm", "constant_norm_rescale")  # decoding needs the token encoded
     alone = Finding("norm scale", "pass", f"each token is scaled by itself ({mode}): no constant factor is looked for")
     yield alone if by_token else _scale_check(sae, few, now, mode, measures)
     yield _layer_check(sae, model, sample, measures)

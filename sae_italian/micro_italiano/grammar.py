@@ -281,7 +281,7 @@ class _Parser:
             ctx.out.extend(grid[ref.gender][ref.number] for grid in grids)
             ctx.out.extend(ref.core)
             if grids:
-                ref.core = ref.head or ref.core  # an adjective is said once: «una gatta nera», then «la gatta»
+                ref.core = ref.head or ref.core  # its adjective is said once: «una gatta nera», «la gatta»
 
         return step
 

@@ -254,7 +254,7 @@ def _pronoun_forms(kind: str, forms: list[str]) -> list[list[Token]]:
     rows = []
     for index, form in enumerate(forms):
         masculine, both, feminine = form.partition("/")
-        number = None if kind == "mi" and index % 3 == 2 else NUMBERS[index // 3]  # the reflexive si shows none
+        number = None if kind == "mi" and index % 3 == 2 else NUMBERS[index // 3]  # reflexive si has none
         pair = []
         for gender, text in enumerate((masculine, feminine or masculine)):
             shown = {"gender": GENDERS[gender] if both else None, "number": number, "person": index % 3 + 1}

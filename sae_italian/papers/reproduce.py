@@ -6,7 +6,17 @@ from typing import Any
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import claimed, write_json
 from sae_italian.papers import cunningham, llama_scope
-from sae_italian.papers.job import SKIPPED, Paper, Reproduction, Results, Step, facts_of, open_subject, paper, run_steps
+from sae_italian.papers.job import (
+    SKIPPED,
+    Paper,
+    Reproduction,
+    Results,
+    Step,
+    facts_of,
+    open_subject,
+    paper,
+    run_steps,
+)
 from sae_italian.papers.measure import card_of, examples, score_sae
 from sae_italian.papers.report import Section, scores_svg, section_of, shared_words, write_report
 from sae_italian.saes import check_fits, full_name, load_sae, weights_hash

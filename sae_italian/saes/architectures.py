@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from sae_italian.saes.sparse import SelectRows, decode, encode_rows, set_k
 
 Start = Literal["zero", "mean", "geometric_median"]
-MASSIVE = 4  # times the median norm: such a row is left out of the centre (Gemma 3's BOS has 4.5 to 16 times)
+MASSIVE = 4  # times the median norm: such a row is left out of the centre (Gemma 3's BOS has 4.5 to 16)
 
 
 @torch.no_grad()

@@ -33,10 +33,10 @@ TOPK = "-topk"
 KINDS = ("pca", "ica", "nmf", "random", "identity")
 DEFAULT_KINDS = ("pca", "ica", "random", "identity")
 FIT_TOKENS, ICA_TOKENS = 200_000, 20_000
-CALIBRATION_TOKENS = 131_072  # on which the random twin is made to fire as often as the SAE, rare latents too
+CALIBRATION_TOKENS = 131_072  # on which the random twin is made to fire as often as the SAE
 _LEAST = 2  # tokens per dimension
 _LATENTS = 128  # whose pre-activations on all calibration tokens are held at a time
-_EARLIER = ("random_twin_of", "baseline", "baseline_of", "top_k_of")  # metadata of what an SAE was made from
+_EARLIER = ("random_twin_of", "baseline", "baseline_of", "top_k_of")  # metadata of its making
 Rows = Float[Tensor, "tokens d_in"]
 
 
@@ -169,7 +169,7 @@ def _cutoff(values: Float[np.ndarray, " tokens"], count: int) -> float:
     """
     n = len(values)
     last, after, middle = (n - 1 - min(max(at, 0), n - 1) for at in (count - 1, count, n // 2))
-    ordered = np.partition(values, (last, after, middle))  # these three places are as sorting would have them
+    ordered = np.partition(values, (last, after, middle))  # these three places are as if sorted
     if 0 < count < n:
         return float(0.9 * ordered[last] + 0.1 * ordered[after])
     return float(2 * ordered[last] - ordered[middle])

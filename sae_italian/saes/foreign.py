@@ -42,7 +42,7 @@ class Format(NamedTuple):
 
     files: tuple[str, ...]
     reader: Callable[[Path, str, Config], Found]
-    config_of: Callable[[Path, str, Config], Config] = lambda *_: {}  # the config alone, of what is on the hub
+    config_of: Callable[[Path, str, Config], Config] = lambda *_: {}  # the config alone, of a hub's SAE
     hint: str = "Make or fetch it again."  # what to do where it cannot be read
 
     def is_in(self, folder: Path) -> bool:

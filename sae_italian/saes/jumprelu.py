@@ -94,7 +94,7 @@ def to_jumprelu(
     unfolded, folded = _with_threshold(raw, theta), _with_threshold(raw, theta)
     folded.fold_W_dec_norm()
     folding_error = _largest_change(unfolded, folded, x[checks])
-    if thresholds == "calibrated" and theta > 0:  # 0: every positive latent fires, and there are fewer than k
+    if thresholds == "calibrated" and theta > 0:  # 0: all positive latents fire, and they are fewer than k
         calibrate(folded, x[~checks], y[~checks], sae.cfg.k)
     before, after = (fit(each, x[checks], y[checks]) for each in (raw, folded))
     report = JumpReLUExport(
@@ -198,7 +198,7 @@ def calibrate(sae: Any, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "token
     """
     x, y = x.to(sae.device, torch.float32), y.to(sae.device, torch.float32)
     search = _Search(sae, x, y, k)
-    price = sae.threshold.pow(2).mean().item()  # what a firing at the threshold is worth where nothing overlaps
+    price = sae.threshold.pow(2).mean().item()  # what a firing at the threshold is worth, nothing overlapping
     generator = torch.Generator().manual_seed(0)
     for _ in range(SWEEPS):
         blocks = torch.randperm(sae.cfg.d_sae, generator=generator).to(sae.device).split(BLOCK)

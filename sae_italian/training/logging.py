@@ -76,7 +76,7 @@ class RunLog:
             "config": {**config.to_dict(), "sae_italian": spec.model_dump(mode="json")},
             "settings": wandb.Settings(console="off", silent=True, reinit="create_new"),
         }
-        if SWEEP_ID not in os.environ:  # the folder's W&B run has one id; claiming the folder anew forgets it
+        if SWEEP_ID not in os.environ:  # a folder's W&B run has one id; to claim it anew forgets it
             if not (out / WANDB_FILE).is_file():
                 write_json(out / WANDB_FILE, WandbRun(uuid.uuid4().hex[:8], spec.wandb_project)._asdict())
             given["id"] = given["group"] = WandbRun.of(out).id  # exports of its latents join the group

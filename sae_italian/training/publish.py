@@ -222,7 +222,7 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
     values = {key: estimate.value for key, estimate in card.estimates().items() if key in RESULTS}
     front = ModelCardData(
         library_name="saelens",
-        license=licence or ("other" if " " in word else word),  # the hub refuses a card with words not its own
+        license=licence or ("other" if " " in word else word),  # the hub refuses words not its own
         language=["it"],
         tags=["sparse-autoencoder", "sae", "saelens", "sae-italian", "mechanistic-interpretability", architecture],
         metrics=list(RESULTS),

@@ -202,7 +202,7 @@ class Answers:
         n, yes = (each[number] for each in self.asked_and_yes)
         probability, sizes = self.verdicts[number].probability, n.sum(axis=2, keepdims=True)
         with np.errstate(divide="ignore", invalid="ignore"):
-            wrongly = yes[:, 1] * (sizes[:, 0] / sizes[:, 1])  # as if there were as many negatives as positives
+            wrongly = yes[:, 1] * (sizes[:, 0] / sizes[:, 1])  # as if of as many negatives as positives
         tables = {"f1": f1_by_document(yes[:, 0], yes[:, 0] + wrongly, n[:, 0])}
         if probability is not None:  # a square lies between 0 and 1, so its mean varies no more than a share would
             squares = np.where(self.good[number], (self.truth - probability) ** 2, 0.0)
