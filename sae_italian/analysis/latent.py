@@ -290,7 +290,7 @@ def steer(
     at the model's EOS.
     Raises: UsageError for an unknown latent, no strengths, an empty or too long prompt, and as `edit_hooks`.
     """
-    if not strengths or not torch.tensor(strengths).isfinite().all() or n_new_tokens < 1 or not temperature >= 0:
+    if not strengths or not sum(map(abs, strengths)) < float("inf") or n_new_tokens < 1 or not temperature >= 0:
         raise UsageError("steering needs at least one finite strength, one new token, a temperature of 0 or more.")
     start = _start(model, tokenizer, sae, prompt, latent, n_new_tokens)
     all_strengths = [0.0, *map(float, strengths)]

@@ -182,8 +182,7 @@ def _write_block(out: Path, number: int, block: PackedBlock) -> dict[str, int]:
 
 def is_pretokenized(corpus: str | Path) -> bool:
     """Return whether a path is a folder of packed tokens: ours, finished or not, or SAELens' own."""
-    folder = storage.path_of(corpus)
-    return (folder / PRETOKENIZED).is_file() or (folder / SAELENS_FILE).is_file()
+    return any((storage.path_of(corpus) / name).is_file() for name in (PRETOKENIZED, SAELENS_FILE))
 
 
 class MappedWindows:
@@ -242,7 +241,8 @@ class PretokenizedCorpus(MappedWindows):
     @property
     def counts(self) -> DocumentCounts:
         """What a folder of ours kept and dropped."""
-        return DocumentCounts(storage.read_json(self.folder / "counts.json"))
+        with storage.understood(self.folder / "counts.json", "Make the folder again."):
+            return DocumentCounts(storage.read_json(self.folder / "counts.json"))
 
 
 # --- SAELens' cached activations ---------------------------------------------------------------------------------------
