@@ -195,6 +195,10 @@ def autointerp(
     opened = sae_italian.FeatureCache.open(cache)
     n_scored = own.pop("n_scored")
     if encoder is not None or subject:
+        if overwrite or n_latents is not None:
+            raise UsageError(
+                "--overwrite and --n-latents are of explanations; --encoder and --subject score n_scored=N that are there."
+            )
         return _scored(opened, model, settings, encoder, subject, n_scored)
     from sae_italian.autointerp.llm.client import Client
 
@@ -221,10 +225,10 @@ def _explained(
     sae = None  # without the random control it only names decoder neighbours
     with nullcontext() if control else suppress(SaeItalianError):
         sae = sae_italian.load_sae(cache.manifest.sae)
+    if settings.wants_llm and settings.estimate:  # which changes nothing
+        return Result(estimate_beside(cache, model.tokenizer, config, sae, settings, control=control))
     if overwrite:
         forget_scores(cache)
-    if settings.wants_llm and settings.estimate:
-        return Result(estimate_beside(cache, model.tokenizer, config, sae, settings, control=control))
     units = where.map(cache.folder) if where.engine == "ray" else None
     others: dict[str, Any] = {"card_tokens": None, "workers": where.workers or 1, "run_units": units}
     results = analyse(cache, sae, model, config=config, random_control=control, **others)

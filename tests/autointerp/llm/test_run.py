@@ -78,6 +78,7 @@ def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
 
         assert run(planted, endpoint) == 0  # a rerun asks nothing
         text = capsys.readouterr().out
+        assert run(planted, endpoint, "--estimate", "--overwrite", "--json") == 0  # and forgets nothing: see below
         assert len(endpoint.requests) == asked
     rule, llm = result["summaries"]
     assert (rule["explainer"], rule["judge"], llm["explainer"]) == (EXPLAINER, "rule", "llm:prova:it1")
