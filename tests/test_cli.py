@@ -110,6 +110,7 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["autointerp", "nowhere"], "not a feature cache"),
         (["autointerp", "nowhere", "--n-latents", "0"], "--n-latents is 0; it must be >= 1"),
         (["cache", "build", "nowhere", "--out", "x", "--tokens", "0"], "--tokens is 0; it must be >= 1"),
+        (["cache", "build", "a", "a", "--out", "x"], "a was given twice"),
         (["browse", "nowhere"], "not a feature cache"),
         (["export", "nowhere", "--to", "delphi", "--out", "x", "--latents", "9" * 6000], "two numbers were expected"),
         (["browse", "nowhere", "--to-space", "io/my saes"], "'io/my saes' is not of the form owner/name"),

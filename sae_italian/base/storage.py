@@ -356,12 +356,12 @@ def _records(
     return earlier, {**earlier, "spec": spec}
 
 
-def record_in(folder: str | Path) -> dict[str, Any]:
-    """Return a folder's `run.json`: kind, created and spec; empty where it has none, or one that is not ours."""
+def record_in(folder: str | Path, *kinds: str) -> dict[str, Any]:
+    """Return a folder's `run.json`: kind, created and spec; empty without one, or where it is not ours or of other `kinds`."""
     file = Path(folder) / RUN_FILE
     found: Any = read_json(file) if file.is_file() else None
     known = isinstance(found, dict) and {"kind", "created", "spec"} <= found.keys() and isinstance(found["spec"], dict)
-    return found if known else {}
+    return found if known and found["kind"] in (kinds or [found["kind"]]) else {}
 
 
 def _remove_ours(out: Path) -> None:

@@ -23,7 +23,7 @@ from sae_italian.base.report import table
 from sae_italian.cache import Manifest
 from sae_italian.cache import verify as verify_files
 from sae_italian.cache.exchange import import_delphi
-from sae_italian.cli import Count, Folder, Model, Result, Seed, Source, Workers, own_words
+from sae_italian.cli import Count, Folder, Model, Result, Seed, Source, Workers, own_words, short_names
 from sae_italian.saes import full_name, weights_hash
 
 TOLD = ("detection", "fuzzing", "simulation")  # the scorers that the table of a run tells of by itself
@@ -50,10 +50,11 @@ def build(
     settings, names = own_words(saes, {"split": "heldout", "windows_per_shard": 0})
     if not names:
         raise UsageError("an SAE was expected: a folder, or release:sae_id.")
+    _, *others = short_names(names).values()  # each once
     if isinstance(tokens, int) and tokens < 1:
         raise UsageError(f"--tokens is {tokens}; it must be >= 1, or all.")
     sae, model, corpus = source.load(names[0])
-    loaded = [sae, *map(sae_italian.load_sae, names[1:])]
+    loaded = [sae, *map(sae_italian.load_sae, others)]
     out = out.resolve()  # a worker may have another working directory
     outs = [out]
     if len(loaded) > 1:

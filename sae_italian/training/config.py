@@ -307,10 +307,10 @@ def read_values(path: str | Path, *overrides: str) -> dict[str, Any]:
     """
     run = path_of(path) / RUN_FILE
     if run.is_file():
-        values = record_in(run.parent).get("spec", {})
+        values = record_in(run.parent, "train", "suite").get("spec", {})
         settings = values.pop("settings", {})  # a suite's
         if not values or not isinstance(settings, dict):
-            raise DataError(f"{run} does not say what was trained. Name the config itself.")
+            raise DataError(f"{run} does not say what was trained. Name a training's folder, or the config itself.")
         values |= settings
     else:
         file = find_config(path)

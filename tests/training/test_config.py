@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import write_json
 from sae_italian.cli import main
-from sae_italian.training import load_config, load_spec, recipes
+from sae_italian.training import load_config, load_spec, read_values, recipes
 from sae_italian.training.config import configs_folder, find_config
 from sae_italian.training.text import check_length, check_pretokenized
 
@@ -238,3 +239,15 @@ def test_the_wheel_ships_configs_and_the_mini_model(tmp_path):
     ):
         assert wanted in names
     assert not [name for name in names if name.startswith("tests")]
+
+
+def test_a_folder_that_holds_no_training_is_no_config(tmp_path):
+    """A quickstart's folder was read as a config, whose first key, cache_tokens, was then called unknown."""
+    record = {
+        "kind": "quickstart",
+        "created": "2026-11-28T00:00:00Z",
+        "spec": {"config": "mini/topk", "cache_tokens": 9},
+    }
+    write_json(tmp_path / "run.json", record)
+    with pytest.raises(DataError, match="Name a training's folder, or the config itself"):
+        read_values(tmp_path)
