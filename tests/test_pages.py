@@ -78,7 +78,9 @@ TINY = "training_tokens=4096 sae.d_sae=256 train_batch_size_tokens=512 buffer_to
 SMALLER = {
     "choose-k": f"{TINY} seeds=1 share=1 card_tokens=1000 --out new",
     "agreement": "--check 40 --n-pairs 2 --thresholds 2",
-    "autointerp": "--n-latents 8 n_scored=2",
+    "autointerp CACHE --encoder": "n_scored=2",
+    "autointerp CACHE --subject": "n_scored=2",
+    "autointerp": "--n-latents 8",
     "cache build": "--tokens 2000",
     "corpora pretokenize": "--tokens 5000 --context-size 64",
     "corpora stats": "--documents 50",
