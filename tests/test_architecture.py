@@ -16,7 +16,7 @@ from tests import house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
     "lines": 35_328,  # 21_500
-    "statements": 23_132,  # 13_500
+    "statements": 23_129,  # 13_500
     "files": 149,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -37,13 +37,13 @@ ROOM_LINES = {
     "training": 3_149,  # 1_500
     "evaluation": 1_170,
     "cache": 2_145,  # 1_650
-    "autointerp": 6_306,  # 3_900
+    "autointerp": 6_307,  # 3_900
     "analysis": 3_350,  # 2_500
     "circuits": 1_598,
-    "benchmark": 2_210,  # 1_200  # choosing k, seeds and absorption with it
+    "benchmark": 2_211,  # 1_200  # choosing k, seeds and absorption with it
     "papers": 1_400,  # 1_400
     "browser": 3_323,  # 2_650
-    "cli": 2_615,  # 1_400  # quickstart with it
+    "cli": 2_613,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 

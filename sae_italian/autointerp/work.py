@@ -163,7 +163,8 @@ def _work_on(cache: FeatureCache) -> Work:
 
 def explain_latent(latent: LatentActivations) -> Explanation:
     """Return the rule of one latent, made now and stored nowhere; its `status` says why where there is none."""
-    return _work_on(latent.cache).explain(latent.latent)[1][0]
+    _, (rule, _) = _work_on(latent.cache).explain(latent.latent)
+    return rule
 
 
 def config_of(path: Path) -> AutointerpConfig:

@@ -10,11 +10,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import read_yaml
-from sae_italian.benchmark.material import Material, Passage, PlacedWord, is_test
+from sae_italian.benchmark.material import Material, Passage, PlacedWord, is_test, without_copies
 from sae_italian.benchmark.tasks import ProbingTask, read_tasks
 from sae_italian.corpora.catalogue import PREFIX, Route, list_files, open_file
 
@@ -24,10 +24,9 @@ MOST_ROWS = 3_000  # of a split, drawn at random
 LETTERS = "ABCDEFGH"
 
 
-class HubSet(BaseModel):
+class HubSet(BaseModel, extra="forbid", frozen=True):
     """One set as its YAML file describes it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     hub: str
     files: dict[str, str]
     text: tuple[str, ...] = ()
@@ -49,11 +48,9 @@ def hub_sets() -> dict[str, HubSet]:
 
 def hub_tasks() -> list[ProbingTask]:
     """Return the tasks of all sets; a set's passages are the source of its name."""
-    found = []
-    for name, one in hub_sets().items():
-        shared = {"family": FAMILY, "source": name, "unit": "text", "least": LEAST_ROWS}
-        found += read_tasks({**shared, "tasks": one.tasks})
-    return found
+    shared = {"family": FAMILY, "unit": "text", "least": LEAST_ROWS}
+    sets = ({**shared, "source": name, "tasks": one.tasks} for name, one in hub_sets().items())
+    return [task for one in sets for task in read_tasks(one)]
 
 
 def gather_hub(names: Collection[str]) -> tuple[Material, list[str]]:
@@ -67,7 +64,7 @@ def gather_hub(names: Collection[str]) -> tuple[Material, list[str]]:
             failed.append(f"{name}: {error}")
     if not passages:
         raise UsageError(f"no set of the hub could be read. {failed[0] if failed else 'None was asked for.'}")
-    return Material(passages, corpora), failed
+    return without_copies(passages, corpora), failed
 
 
 def read_set(name: str, one: HubSet) -> tuple[list[Passage], str]:

@@ -262,6 +262,13 @@ class Material(NamedTuple):
     n_copies: int = 0
 
 
+def without_copies(made: Mapping[str, list[Passage]], corpora: dict[str, list[str]]) -> Material:
+    """Return the passages of sources, those of each without copies of one another."""
+    # of the lexicon each word is there once, and «è» and «e» are words apart
+    kept = {name: some if name == "lexicon" else once(some) for name, some in made.items()}
+    return Material(kept, corpora, sum(len(made[name]) - len(some) for name, some in kept.items()))
+
+
 def gather(
     treebanks: Sequence[str] = (),
     texts: Mapping[str, str] | None = None,
@@ -278,11 +285,8 @@ def gather(
         "micro-documents": register_passages(),
         "texts": genre_passages(texts or {}, seed),
         "pairs": pair_passages(seed=seed),
+        "lexicon": lexicon_passages([*once(banks), *micro]),
     }
-    kept = {name: once(some) for name, some in made.items() if name in sources}
-    n_copies = sum(len(made[name]) - len(some) for name, some in kept.items())
-    if "lexicon" in sources:
-        kept["lexicon"] = lexicon_passages([*once(banks), *micro])
     corpora = {"ud": list(map(str, treebanks)), "texts": list((texts or {}).values())}
     corpora |= dict.fromkeys(("micro", "micro-documents"), [MICRO_ITALIANO])
-    return Material(kept, corpora, n_copies)
+    return without_copies({name: some for name, some in made.items() if name in sources}, corpora)

@@ -164,8 +164,8 @@ def _entry(words: list[str]) -> dict[str, Any]:
     """
     n = 2 if words and words[0] in _TOLD["groups"] else 1
     name, last = " ".join(words[:n]), " ".join(words[n - 1 : n])
-    is_old = " ".join(words[:2]) in OLD_COMMANDS  # as `autointerp export`, whose first word is a command
-    if not is_old and (name in COMMANDS or last in ("", "--help", "-h", "--version")):
+    # `autointerp export` is an old name, though its first word is a command still
+    if " ".join(words[:2]) not in OLD_COMMANDS and (name in COMMANDS or last in ("", "--help", "-h", "--version")):
         return COMMANDS.get(name, {})
     known = [command.split()[n - 1] for command in COMMANDS if command.split()[: n - 1] == words[: n - 1]]
     raise UsageError(_renamed(words) or f"no command {name!r}. {nearest(last, known)}")

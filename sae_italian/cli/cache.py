@@ -197,9 +197,7 @@ def autointerp(
     n_scored = own.pop("n_scored")
     if encoder is not None or subject:
         if overwrite or n_latents is not None:
-            raise UsageError(
-                "--overwrite and --n-latents are of explanations; --encoder and --subject score n_scored=N that are there."
-            )
+            raise UsageError("--overwrite and --n-latents are of explanations. With --encoder, --subject: n_scored=N.")
         return _scored(opened, model, settings, encoder, subject, n_scored)
     from sae_italian.autointerp.llm.client import Client
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import UsageError, check_whole
 from sae_italian.base.pace import paced
 from sae_italian.base.statistics import NOTHING, Estimate, StreamingBootstrap
 from sae_italian.base.storage import utc_now
@@ -120,6 +120,7 @@ def windows_until(
     Raises: UsageError when the blocks end before; with `at_most` only when there are none.
     """
     seen, marks = 0, list(marks)
+    check_whole(1, n_tokens=marks[-1])
     for block in blocks:
         keep = ~special_mask(block.tokens, tokenizer) & (block.doc != NO_DOCUMENT)
         first = 0
@@ -136,12 +137,11 @@ def windows_until(
                 marks.pop(0)
             if not marks:
                 return
-    if at_most and seen:
-        return
-    raise UsageError(
-        f"{what} has about {seen:,} tokens, fewer than the {marks[-1]:,} asked for. "
-        f"Ask for fewer (--tokens {seen}), or use more text."
-    )
+    if not (at_most and seen):
+        raise UsageError(
+            f"{what} has about {seen:,} tokens, fewer than the {marks[-1]:,} asked for. "
+            f"Ask for fewer (--tokens {seen}), or use more text."
+        )
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ def test_what_a_model_cannot_score_is_one_line(capsys, planted, tmp_path):
         ([bare, "--encoder", tmp_path], "no explanations yet"),
         ([planted.folder, "n_scored=0", "--subject"], "n_scored is 0; it should be greater than or equal to 1"),
         ([planted.folder, "--n-latents", 3, "--encoder", "n-grams"], "--overwrite and --n-latents are of explanations"),
-        ([planted.folder, "--overwrite", "--subject"], "score n_scored=N that are there"),
+        ([planted.folder, "--overwrite", "--subject"], "With --encoder, --subject: n_scored=N"),
         ([planted.folder, "--n-latents", 0], "--n-latents is 0; it must be >= 1"),
         ([planted.folder, "--latents", 3], "--latents is now --n-latents"),
     ):

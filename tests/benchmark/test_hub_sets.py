@@ -93,6 +93,16 @@ def test_the_right_choice_is_told_by_number_or_letter(server):  # noqa: F811
         assert any(column in p.text and p.facts["right"] == "yes" for p in passages)
 
 
+def test_a_text_of_both_splits_is_for_test_alone(server):  # noqa: F811
+    """Published sets hold copies too: a probe would know them by heart."""
+    one = hub_sets()["itacola"]
+    rows = [{"sentence": f"Frase {i}.", "acceptability": i % 2} for i in range(N)]
+    server.repositories[one.hub] = {path.replace("*", "0000"): parquet(rows) for path in one.files.values()}
+    material, failed = gather_hub(["itacola"])
+    assert not failed and material.n_copies == N == len(material.passages["itacola"])
+    assert all(passage.test for passage in material.passages["itacola"])
+
+
 def test_a_layout_that_has_changed_a_small_set_and_no_network_are_named(server):  # noqa: F811
     one = hub_sets()["ironita"]
     server.repositories[one.hub] = {p.replace("*", "0"): parquet([{"testo": "x"}]) for p in one.files.values()}

@@ -126,6 +126,12 @@ def test_a_transcoder_is_measured_and_put_in_place_at_its_output(mini):
     assert card.ce_loss_with_sae.value == pytest.approx(by_hand, rel=1e-5)
 
 
+@pytest.mark.parametrize("n_tokens", [0, -5, 2.5])
+def test_a_card_of_no_tokens_is_refused(identity_sae, mini, n_tokens):
+    with pytest.raises(UsageError, match=f"n_tokens is {n_tokens}; it must be 1 or more"):
+        evaluate(identity_sae, mini, "micro-italiano", n_tokens=n_tokens)
+
+
 def test_a_transcoder_of_another_width_is_refused(mini):
     with pytest.raises(UsageError, match="writes 64 dimensions.*128 at blocks.1.hook_mlp_out"):
         evaluate(transcoder(mini, 64, "blocks.1.hook_mlp_out", False), mini, "micro-italiano", n_tokens=100)
