@@ -17,7 +17,7 @@ from sae_italian.benchmark.board import ranks, training_noise
 from sae_italian.benchmark.pages import SORT, leaderboard, send_to_wandb, write
 from sae_italian.benchmark.probes import Activations, Pooling
 from sae_italian.benchmark.run import contamination
-from sae_italian.benchmark.tasks import LAST_OF, MEAN_OF, chosen
+from sae_italian.benchmark.tasks import LAST_OF, MEAN_OF, chosen, plan
 from sae_italian.cli import main
 from tests.benchmark.schema import SCHEMA
 
@@ -189,6 +189,22 @@ def test_wandb_gets_two_tables(scored, tmp_path, monkeypatch):
     assert (logged["mode"], logged["entity"], logged["project"]) == ("offline", "gruppo", "prova")
     assert len(logged["benchmark/saes"].data) == 2
     assert len(logged["benchmark/problems"].data) == 8 and "selectivity" in logged["benchmark/saes"].columns
+
+
+def test_match_and_majority_are_of_the_frequency_among_all_examples(mini, topk_sae, some, monkeypatch, tmp_path):
+    """Not of that among the texts that are read, which hold more of what is rare."""
+    asked, matched = set(), run.probes.matched
+    monkeypatch.setattr(run, "PROCESSORS", 1)  # in this process, where it is heard what is asked
+    monkeypatch.setattr(
+        run.probes, "matched", lambda drawn, frequency: asked.add(frequency) or matched(drawn, frequency)
+    )
+    wanted = chosen(all_tasks(), "full", "M1-negation")
+    benchmark({"random": topk_sae}, mini, some, wanted, tmp_path / "out", quick=True, n_seeds=1)
+    problem = plan(some, wanted, run.QUICK).problems[0]
+    assert asked == {problem.frequency} and problem.frequency != problem.answer.mean()
+    (entry,) = read_entries(tmp_path / "out")
+    for score in entry.scores.values():
+        assert score.control["majority"] == pytest.approx(max(problem.frequency, 1 - problem.frequency))
 
 
 def test_a_leaderboard_of_a_folder_keeps_other_examples_apart(scored, tmp_path):
