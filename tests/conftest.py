@@ -12,6 +12,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # One thread here and in the processes that tests start: sums are then the same everywhere, and two test workers on two
 # cores do not wait for each other's threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

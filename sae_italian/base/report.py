@@ -6,11 +6,9 @@ viewer that knows no style sheets shows it light.
 """
 
 import base64
-import contextlib
 import io
 import re
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from html import escape
 from math import isfinite, isnan
@@ -189,18 +187,3 @@ def in_light_and_dark(text: str) -> str:
         f"@media(prefers-color-scheme:dark){{.{_CLASS}{{{dark}}}}}</style>"
     )
     return re.sub(r"<svg ([^>]*)>", rf'<svg class="{_CLASS}" \1>{style}', text, count=1)
-
-
-@contextlib.contextmanager
-def no_bars_in_a_pipe() -> Iterator[None]:
-    """Keep transformers' progress bars for terminals: in a log file they are noise."""
-    from transformers.utils import logging
-
-    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()

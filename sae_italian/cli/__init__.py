@@ -187,6 +187,8 @@ def _quiet_libraries() -> None:
     """Keep other libraries' notices off a terminal that shows ours; what the environment asks for wins."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of lost connections we tell ourselves
+    if not sys.stderr.isatty():  # in a log file the bars of downloads and of loading are noise
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from sae_italian.base import storage
 from sae_italian.base.errors import DataError, UsageError, nearest
-from sae_italian.base.report import no_bars_in_a_pipe
 
 # The catalogue's name of a dimension, and transformers' (GPT-2's own names are aliases of these there).
 CONFIG_KEYS = {
@@ -274,9 +273,8 @@ def _convert(file: Path, folder: Path) -> None:
 
     source: Any = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        with no_bars_in_a_pipe():
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-            model: Any = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model: Any = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
     except _DAMAGED as error:
         if "not supported" in str(error):
             raise UsageError(

@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import explain
-from sae_italian.base.report import no_bars_in_a_pipe
 from sae_italian.models.catalogue import ResolvedModel, config_differences, record_of, resolve
 from sae_italian.models.hooks import SITES
 
@@ -180,8 +179,7 @@ def _fetch(loader: Any, resolved: ResolvedModel, **arguments: Any) -> Any:
     from safetensors import SafetensorError
 
     try:
-        with no_bars_in_a_pipe():
-            return loader(resolved.load_from, revision=resolved.revision or "main", **arguments)
+        return loader(resolved.load_from, revision=resolved.revision or "main", **arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if resolved.entry is not None and resolved.entry.wheels and not Path(resolved.load_from).is_dir():
             fetch = f"sae-italian models fetch {resolved.entry.aliases[0]}"
