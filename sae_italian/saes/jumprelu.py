@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.pace import paced
-from sae_italian.saes.fit import CHUNK, encoded, fit, threshold_for
+from sae_italian.saes.fit import CHUNK, fit, threshold_for
 
 CHECK_EVERY = 5  # of the documents: every fifth checks the thresholds that the others set
 SWEEPS = 4  # over all latents; twice as many explain less than 0.01 more
@@ -51,8 +51,6 @@ class JumpReLUExport:
     explained_variance: float
     dead: float  # share of latents that never fired in the check, and before
     dead_before: float
-    elsewhere: float  # share of those that fired whose tokens then and now have a Jaccard index below 0.5
-    folding_error: float  # largest change of an output by folding, over the largest output
 
     def text(self) -> str:
         set_by = f"so that {self.k} latents fire on average over {self.n_tokens:,} tokens"
@@ -62,9 +60,7 @@ class JumpReLUExport:
             f"L0                  {self.l0_before:.2f} -> {self.l0:.2f} over {self.n_tokens_checked:,} tokens of other "
             "documents\n"
             f"explained variance  {self.explained_variance_before:.4f} -> {self.explained_variance:.4f} ({kept:.1%})\n"
-            f"dead latents        {self.dead_before:.1%} -> {self.dead:.1%}; {self.elsewhere:.1%} of the others fire "
-            "mostly elsewhere (Jaccard index below 0.5)\n"
-            f"folding error       {self.folding_error:.1e}"
+            f"dead latents        {self.dead_before:.1%} -> {self.dead:.1%}"
         )
 
 
@@ -91,9 +87,8 @@ def to_jumprelu(
     if raw.cfg.normalize_activations == "expected_average_only_in":
         raw.fold_activation_norm_scaling_factor(raw.cfg.d_in**0.5 / x.float().norm(dim=-1).mean().item())
     theta = threshold_for(raw, x[~checks], sae.cfg.k)
-    unfolded, folded = _with_threshold(raw, theta), _with_threshold(raw, theta)
+    folded = _with_threshold(raw, theta)
     folded.fold_W_dec_norm()
-    folding_error = _largest_change(unfolded, folded, x[checks])
     if thresholds == "calibrated" and theta > 0:  # 0: all positive latents fire, and they are fewer than k
         calibrate(folded, x[~checks], y[~checks], sae.cfg.k)
     before, after = (fit(each, x[checks], y[checks]) for each in (raw, folded))
@@ -109,8 +104,6 @@ def to_jumprelu(
         explained_variance=after.explained_variance,
         dead=after.dead,
         dead_before=before.dead,
-        elsewhere=_elsewhere(raw, folded, x[checks]),
-        folding_error=folding_error,
     )
     folded.cfg.metadata.jumprelu_export = asdict(report)
     folded.cfg.metadata.l0 = report.l0
@@ -138,15 +131,6 @@ def _checks(x: Tensor, documents: Tensor | None) -> Bool[Tensor, " tokens"]:
     return checks
 
 
-def _elsewhere(before: Any, after: Any, x: Tensor) -> float:
-    """Return the share of latents of `before` that fire on other tokens in `after`: a Jaccard index below 0.5."""
-    both, either, fired = (torch.zeros(before.cfg.d_sae, device=x.device) for _ in range(3))
-    for (_, one), (_, other) in zip(encoded(before, x), encoded(after, x), strict=True):
-        one, other = one != 0, other != 0
-        both, either, fired = both + (one & other).sum(0), either + (one | other).sum(0), fired + one.sum(0)
-    return ((2 * both < either) & (fired > 0)).sum().item() / max(1, int((fired > 0).sum()))
-
-
 def _with_threshold(sae: Any, theta: float) -> Any:
     """Return a JumpReLU SAE of the same weights, in which a latent fires when its score is above theta."""
     from sae_lens import SAE
@@ -164,16 +148,6 @@ def _with_threshold(sae: Any, theta: float) -> Any:
     state["threshold"] = theta / norm if rescaled else torch.full_like(norm, theta)
     jumprelu.load_state_dict(state)
     return jumprelu.eval()
-
-
-def _largest_change(before: Any, after: Any, x: Tensor) -> float:
-    """Return how far the outputs of two SAEs are apart at most, over the largest of the first."""
-    difference, largest = 0.0, 1e-12
-    for part in x.split(CHUNK):
-        one, other = (sae(part.to(sae.device, torch.float32)) for sae in (before, after))
-        largest = max(largest, one.abs().max().item())
-        difference = max(difference, (one - other).abs().max().item())
-    return difference / largest
 
 
 # --- one threshold for each latent --------------------------------------------------------------------------------------

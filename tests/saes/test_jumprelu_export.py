@@ -49,7 +49,7 @@ def test_the_export_fires_k_on_average_and_says_what_the_weights_said(rescale):
     assert fired[~checks].sum() == K * report.n_tokens, "exactly k per token on the tokens that set it"
     assert abs(report.l0 - K) < 0.02 * K and report.l0 == pytest.approx(fired[checks].double().mean().item())
     largest = output.abs().max()
-    assert (exported(x) - output).abs().max() < 1e-5 * largest and report.folding_error < 1e-5
+    assert (exported(x) - output).abs().max() < 1e-5 * largest
     assert torch.allclose(exported.W_dec.norm(dim=-1), torch.ones(200), atol=1e-6)
     assert (sae.W_dec.norm(dim=-1) - 1).abs().max() > 0.5, "the SAE given is left as it was"
     variance = (x[checks] - x[checks].mean(0)).pow(2).sum()
@@ -140,7 +140,7 @@ def test_a_transcoder_becomes_saelens_own_class(tmp_path, skip):
     exported, report = to_jumprelu(transcoder, x, y, thresholds="one")
     loaded = SAE.load_from_disk(save_sae(exported, tmp_path / "tc"))
     assert loaded.cfg.architecture() == ("jumprelu_skip_transcoder" if skip else "jumprelu_transcoder")
-    assert abs(report.l0 - K) < 0.05 * K and report.folding_error < 1e-5
+    assert abs(report.l0 - K) < 0.05 * K
     pre = x @ transcoder.W_enc + transcoder.b_enc
     by_hand = (pre * (pre > report.threshold)) @ transcoder.W_dec + transcoder.b_dec + x @ transcoder.W_skip.T
     assert (loaded(x) - by_hand).abs().max() < 1e-5 * by_hand.abs().max()
@@ -163,7 +163,7 @@ def test_the_command_writes_what_stock_saelens_loads(trained_sae, mini, tmp_path
     arguments = ["export", str(trained_sae), "--to", "jumprelu", "--out", str(out)]
     assert main([*arguments, "--tokens", "20000", "--json", "thresholds=one"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert abs(report["l0"] - 8) < 0.1 * 8 and report["folding_error"] < 1e-5
+    assert abs(report["l0"] - 8) < 0.1 * 8
     assert 0 < report["explained_variance"] < 1
     sae = SAE.load_from_disk(out)
     assert type(sae).__name__ == "JumpReLUSAE" and type(load_sae(out)).__name__ == "JumpReLUSAE"
