@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from sae_italian.saes.sparse import SelectRows, decode, encode_rows, set_k
 
-Start = Literal["zero", "mean", "geometric_median"]
+Start = Literal["zero", "mean"]
 MASSIVE = 4  # times the median norm: such a row is left out of the centre (Gemma 3's BOS has 4.5 to 16)
 
 
@@ -42,33 +42,27 @@ def start_at(sae: Any, step_input: TrainStepInput) -> None:
     Activations of real models are nearly all mean: at layer 8 of Gemma 3 270M the mean's norm is 5,158 where a vector's is
     5,187. From `b_dec` = 0 the latents must first build that mean, and 97 % of them die of it; from the mean they describe
     what differs. The encoder reads x - b_dec, or gets the same shift by its bias where it reads x itself:
-    b_enc = -centre W_enc. As in sparsify (`SparseCoder`, its first batch) and Bricken et al. 2023 (geometric median).
+    b_enc = -centre W_enc. As in sparsify (`SparseCoder`, its first batch).
     Rows of massive activations, such as a BOS that was not left out, do not count. A transcoder's `b_dec` is at its
     target's centre.
     """
     if sae.cfg.start == "zero" or step_input.n_training_steps > 0:
         return
     x = step_input.sae_in
-    centre = _centre(sae.process_sae_in(x), sae.cfg.start)
+    centre = _centre(sae.process_sae_in(x))
     if not sae.cfg.apply_b_dec_to_input:
         if not hasattr(sae, "b_enc"):
             raise ValueError(
                 f"start {sae.cfg.start!r} needs apply_b_dec_to_input=true in {type(sae).__name__}; or set start=zero."
             )
         sae.b_enc -= centre @ sae.W_enc
-    sae.b_dec += _centre(sae.target(x), sae.cfg.start) if isinstance(sae, _Transcodes) else centre
+    sae.b_dec += _centre(sae.target(x)) if isinstance(sae, _Transcodes) else centre
 
 
-def _centre(rows: Float[Tensor, "batch d"], start: Start, n_steps: int = 20) -> Float[Tensor, " d"]:
-    """Return the mean, or the point of least summed distance to the rows by Weiszfeld's steps: outliers weigh less."""
+def _centre(rows: Float[Tensor, "batch d"]) -> Float[Tensor, " d"]:
+    """Return the mean of the rows of ordinary norm."""
     norms = rows.norm(dim=-1)
-    rows = rows[norms <= MASSIVE * norms.median()]
-    centre = rows.mean(0)
-    if start == "geometric_median":
-        for _ in range(n_steps):
-            weights = 1 / (rows - centre).norm(dim=-1, keepdim=True).clamp_min(1e-6)
-            centre = (rows * weights).sum(0) / weights.sum()
-    return centre
+    return rows[norms <= MASSIVE * norms.median()].mean(0)
 
 
 @dataclass
@@ -76,7 +70,7 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
     """The fields of SAELens' `topk`; `use_sparse_activations` says nothing here, they always are.
 
     k_anneal_steps: the first training steps, in which the number of latents that may fire falls to k (`sparse.annealed_k`).
-    start: where `b_dec` starts: at `zero`, at the `mean` or the `geometric_median` of the first batch (`start_at`).
+    start: where `b_dec` starts: at `zero` or at the `mean` of the first batch (`start_at`).
     """
 
     k_anneal_steps: int = 0

@@ -73,7 +73,7 @@ class RunSpec(BaseModel):
     """Read a corpus again when it has fewer tokens than the training asks for, instead of refusing it."""
     sae: dict[str, Annotated[Any, BeforeValidator(whole)]]
     """`architecture` and the fields of SAELens' training config for it; `d_in` is read from the model. `start`, where b_dec
-    starts, is `mean` unless it says `zero` or `geometric_median`."""
+    starts, is `mean` unless it says `zero`."""
     from_pretrained_path: str | None = None
     """A folder or `release:sae_id`, in any format that is read, whose weights the training starts from; `sae.start` is then
     of no account. Model, hooks and shapes must be the same."""

@@ -165,7 +165,7 @@ ARCHITECTURES = {
     "jumprelu": {"l0_coefficient": 0.1},
     "matching_pursuit": {"max_iterations": 3},
     "tied": {},
-    "sparse_topk": {"k": 8, "normalize_activations": "covariance_whitening", "start": "geometric_median"},
+    "sparse_topk": {"k": 8, "normalize_activations": "covariance_whitening", "start": "mean"},
     "topk_transcoder": {"k": 8},
     "transcoder": {"l1_coefficient": 0.1},
 }
