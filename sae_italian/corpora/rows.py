@@ -32,7 +32,6 @@ PRETOKENIZED = "progress.json"  # the file that tells a pretokenised folder of o
 MAX_LINE = 2**27  # characters; 20 million, which JSON may write in six each. A longer line is cut, so broken
 ROWS_PER_BATCH = 256
 HASHED_WHOLE = 2**28  # bytes of a corpus, about half a second
-HASHED_PARTS, HASHED_PART = 16, 2**18  # of each file of a larger one: parts, and bytes of a part
 HELD_OUT_PERMILLE = 50
 KNOWN_MICRO = 250_000  # documents, a million held-out tokens: to know by the hash, all must be made
 AGAIN = "Get it again and resume, or skip it (on_broken=skip)."
@@ -71,22 +70,16 @@ class TextFile(NamedTuple):
         return not self.path.startswith(PREFIX)
 
     def identity(self, whole: bool = True) -> Any:
-        """Return what makes it this very file: of a local one the size and a hash of its content.
-
-        Of a file that is not to be read as a `whole`, evenly spaced parts are hashed, and the date of the last change
-        with them: an edit between the parts with the date put back is not seen.
-        """
+        """Return what makes it this very file: of a local one the size and a hash of its content, or the date of its last
+        change where it is not to be read as a `whole`."""
         if not self.is_local:
             return self.version
-        file, digest = Path(self.path), hashlib.blake2b(digest_size=8)
+        file = Path(self.path)
         facts = file.stat()
+        if not whole:
+            return [facts.st_size, facts.st_mtime_ns]
         with file.open("rb") as handle:
-            if whole or facts.st_size <= HASHED_PARTS * HASHED_PART:
-                return [facts.st_size, hashlib.file_digest(handle, lambda: digest).hexdigest()]
-            for part in range(HASHED_PARTS):
-                handle.seek((facts.st_size - HASHED_PART) * part // (HASHED_PARTS - 1))
-                digest.update(handle.read(HASHED_PART))
-        digest.update(b"%d" % facts.st_mtime_ns)
+            digest = hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=8))
         return [facts.st_size, digest.hexdigest()]
 
     def open(self) -> Any:
