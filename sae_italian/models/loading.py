@@ -29,7 +29,13 @@ HOOKED_CONTEXT = 4096  # TransformerLens would cap Mistral at 2048; its masks gr
 
 
 def load_model(
-    name: str, backend: Backend = "hf", *, dtype: str = "float32", device: str = "cpu", context: int | None = None
+    name: str,
+    backend: Backend = "hf",
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    context: int | None = None,
+    fetch: bool = True,
 ) -> Any:
     """Return the model `name` in evaluation mode, with its tokenizer at `.tokenizer` whatever the backend.
 
@@ -38,7 +44,7 @@ def load_model(
     Logits of the three agree within 1e-4 of their spread in float32. In memory, `hf` and `bridge` need the weights once
     while loading, `hooked` twice. `name@revision` pins a revision of the hub; what was loaded is recorded at `.loaded_from`.
     `context` is the longest sequence, in tokens: only `hooked` has to know it beforehand (default: what the model
-    allows, at most 4096).
+    allows, at most 4096). Without `fetch`, weights that are not on this machine are refused.
 
     Raises: UsageError for an unknown name, backend or dtype, a context the model does not allow, and when the weights
     can be neither found nor fetched.
@@ -56,7 +62,8 @@ def load_model(
         raise UsageError(f"context is {context}; {resolved.saved_name} allows 1 to {longest} tokens.")
     # before the weights: reading 262,144 entries takes for a while what is freed again
     tokenizer = load_tokenizer(name)
-    model: Any = _fetch(AutoModelForCausalLM.from_pretrained, resolved, dtype=getattr(torch, dtype)).eval()
+    how = {"dtype": getattr(torch, dtype), "local_files_only": not fetch}
+    model: Any = _fetch(AutoModelForCausalLM.from_pretrained, resolved, **how).eval()
     facts = _loaded_from(resolved, model, backend, dtype)
     half = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
     if half and device == "cpu" and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported")():
@@ -96,18 +103,6 @@ def load_model_config(name: str | Path) -> PreTrainedConfig:
             "Use a language model of one width; of one that also sees, its text model."
         )
     return config
-
-
-def weights_are_here(name: str | Path) -> bool:
-    """Return whether a model's weights lie on this machine, in a folder or the hub's cache. Raises UsageError as `resolve`."""
-    from huggingface_hub import try_to_load_from_cache
-
-    resolved, whole = resolve(name), "model.safetensors"
-    files = (whole, f"{whole}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    if Path(resolved.load_from).is_dir():
-        return any((Path(resolved.load_from) / file).is_file() for file in files)
-    found = (try_to_load_from_cache(resolved.load_from, file, revision=resolved.revision) for file in files)
-    return any(isinstance(file, str) for file in found)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

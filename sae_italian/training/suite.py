@@ -22,7 +22,6 @@ from sae_italian.evaluation.card import Outliers, outliers_of
 from sae_italian.models import load_model, load_model_config, load_tokenizer
 from sae_italian.models.activations import read_many
 from sae_italian.models.hooks import SITES, Site, parse_hook_name
-from sae_italian.models.loading import weights_are_here
 from sae_italian.training.config import RunSpec, read_values, spec_from_dict
 from sae_italian.training.shards import FLOAT, traffic
 from sae_italian.training.text import WindowBlocks, check_length, training_documents
@@ -228,11 +227,9 @@ def look_at(spec: RunSpec, hook_names: list[str]) -> dict[str, Outliers]:
 
     Raises: UsageError when the model's weights would have to be fetched first, or its device is not here.
     """
-    if not weights_are_here(spec.model):
-        raise UsageError(f"the weights of {spec.model} are not on this machine.")
     if spec.use_cached_activations:
         raise UsageError("they are read from a folder.")
-    model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
+    model = load_model(spec.model, dtype=spec.dtype, device=spec.device, fetch=False)
     n_windows = max(1, LOOKED_AT // spec.context_size)
     windows = next(WindowBlocks(training_documents(spec), model.tokenizer, spec.context_size, n_windows))
     tokens = torch.from_numpy(windows).to(model.device)

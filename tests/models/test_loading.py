@@ -99,6 +99,12 @@ def test_a_processor_without_bfloat16_is_told_of(can, monkeypatch, capsys):
     assert ("No bfloat16" in capsys.readouterr().err) is not can
 
 
+def test_without_fetching_only_weights_that_are_here_are_loaded(empty_hub):
+    assert load_model("mini", fetch=False).config.model_type == "mistral"
+    with pytest.raises(UsageError, match="not on this machine"):
+        load_model("sapienzanlp/Minerva-350M-base-v1.0", fetch=False)
+
+
 @pytest.mark.parametrize("folder", ["roberto", "llama-prove", "gemma", "alberto/t5"])
 def test_a_local_folder_loads_whatever_its_path_is_called(tmp_path, folder):
     path = tmp_path / folder / "model"

@@ -169,12 +169,13 @@ def test_the_dry_run_prints_groups_tokens_and_memory_and_writes_nothing(tmp_path
 
 
 def test_the_dry_run_fetches_no_model(capsys, monkeypatch):
-    from sae_italian.models.loading import weights_are_here
+    def not_here(*_, fetch, **__):
+        assert not fetch
+        raise UsageError("it is not on this machine")
 
-    assert weights_are_here("sae-italian-mini") and not weights_are_here("nessuno/modello-che-non-esiste")
-    monkeypatch.setattr("sae_italian.training.suite.weights_are_here", lambda name: False)
+    monkeypatch.setattr("sae_italian.training.suite.load_model", not_here)
     assert main(["train", "mini/gated", "--dry-run"]) == 0
-    assert "not looked at: the weights of sae-italian-mini are not on this machine" in capsys.readouterr().out
+    assert "not looked at: it is not on this machine" in capsys.readouterr().out
 
 
 def test_the_dry_run_reads_the_corpus(jsonl, tmp_path, capsys):
