@@ -177,44 +177,32 @@ def _openmoss_facts(folder: Path) -> Config:
 def _dictionary_facts(folder: Path) -> Config:
     """Return the hook of an SAE of dictionary_learning, of which SAELens reads the layer alone.
 
-    `trainer.submodule_name` names the module: as in its demo and pages (`resid_post_layer_3`, `mlp_out_layer1`), by path or
-    as a hook; `buffer.io` says whether the module's input or output was read. Raises: UsageError for what is neither.
+    `trainer.submodule_name` names a module whose output was read (`buffer.io`), as in its demo and pages
+    (`resid_post_layer_3`, `mlp_out_layer1`) or by path, or a hook. Raises: UsageError for what is neither.
     """
     theirs = read_json(folder / "config.json")
     trainer, io = theirs["trainer"], theirs["buffer"].get("io", "out")
-    layer, name, kind = trainer["layer"], trainer.get("submodule_name"), trainer["dict_class"]
+    layer, name, kind = trainer["layer"], str(trainer.get("submodule_name")), trainer["dict_class"]
     if kind not in _DICTIONARIES:
         raise UsageError(f"{folder} has the dict_class {kind!r}; only {', '.join(_DICTIONARIES)} can be loaded.")
-    hook_name = _dictionary_hook(str(name), io, layer)
-    if hook_name is None:
+    said = _SUBMODULE.fullmatch(name)
+    try:
+        hook = parse_hook_name(f"layers.{said[2]}.{said[1]}".removesuffix(".resid") if said else name)
+    except UsageError:
+        hook = None
+    if hook is None or hook.layer != layer or not (io == "out" or name == hook.name):
         raise UsageError(
             f"{folder}: submodule_name {name!r} with io {io!r} and layer {layer!r} names no hook that is known. Write the "
             f"hook into config.json as trainer.submodule_name, e.g. 'blocks.{layer}.hook_resid_post'."
         )
-    return {"hook_name": hook_name}
-
-
-def _dictionary_hook(name: str, io: str, layer: int) -> str | None:
-    if said := _SUBMODULE.fullmatch(name):
-        part, side, number = said.groups()
-        if side and io != ("in" if side in ("pre", "in") else "out"):
-            return None
-        name = f"layers.{number}{'' if part == 'resid' else f'.{part}'}"
-    try:
-        hook = parse_hook_name(name)
-    except UsageError:
-        return None
-    at_input = io == "in" and not name.startswith("blocks.")
-    legacy = _INPUTS.get(hook.legacy) if at_input else hook.legacy
-    return f"blocks.{layer}.{legacy}" if legacy and hook.layer == layer and io in ("in", "out") else None
+    return {"hook_name": hook.name}
 
 
 _DICTIONARIES = (
     *("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"),
     *("JumpReluAutoEncoder", "GatedAutoEncoder"),
 )
-_SUBMODULE = re.compile(r"(resid|mlp|attn|attention)_?(pre|in|post|out)?_?(?:layer_?)?([0-9]+)")
-_INPUTS = {"hook_resid_post": "hook_resid_pre", "hook_mlp_out": "mlp.hook_in"}  # by the hook of the module's output
+_SUBMODULE = re.compile(r"(resid|mlp|attn|attention)_?(?:post|out)?_?(?:layer_?)?([0-9]+)")
 
 
 # --- sparsify and Llama Scope -----------------------------------------------------------------------------------------

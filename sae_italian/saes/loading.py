@@ -1,13 +1,9 @@
 """Load an SAE from any known format, with its model and its text; and the one check of its fitness, made at every door."""
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from unittest.mock import patch
 
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.hub import explain
@@ -28,26 +24,9 @@ def load_sae(name: str | Path, *, device: str = "cpu") -> Any:
     that are not finite.
     """
     folder, device = path_of(name), device_of(device)
-    with tensors_alone():
-        sae = _from_folder(folder, device) if folder.is_dir() else _from_release(str(name), device)
+    sae = _from_folder(folder, device) if folder.is_dir() else _from_release(str(name), device)
     check_sae(sae, f"the SAE {name}")
     return sae.eval()
-
-
-@contextlib.contextmanager
-def tensors_alone() -> Iterator[None]:
-    """Let `torch.load` read tensors alone, whoever calls it and whatever the environment allows: no code is run."""
-    import torch
-
-    def load(file: Any, *args: Any, **options: Any) -> Any:
-        try:
-            return theirs(file, *args, **options | {"weights_only": True})
-        except UnpicklingError as error:
-            raise DataError(f"{file} cannot be read: it is damaged, or would run code instead of tensors.") from error
-
-    theirs = torch.load
-    with patch.object(torch, "load", load):
-        yield
 
 
 def _from_folder(folder: Path, device: str) -> Any:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from sae_italian.base.pace import progress
 from sae_italian.base.storage import ODD, atomic_path, disk_errors, on_signals, read_json, remove, write_json
 from sae_italian.models import parse_hook_name
 from sae_italian.saes.architectures import PairScaler
-from sae_italian.saes.loading import check_hooks, tensors_alone, vocabulary_hash
+from sae_italian.saes.loading import check_hooks, vocabulary_hash
 from sae_italian.saes.sparse import tune
 from sae_italian.training.config import RunSpec
 from sae_italian.training.logging import LOSS_KEYS, SAE_FILES, RunLog
@@ -254,14 +255,13 @@ class Loop:
         if last is None:
             return False
         try:
-            with tensors_alone():
-                for name, run in self.runs.items():
-                    run.load(last / name)
-                self.stream.load(last)
-                cpu, *gpus = torch.load(last / RANDOM_FILE)
+            for name, run in self.runs.items():
+                run.load(last / name)
+            self.stream.load(last)
+            cpu, *gpus = torch.load(last / RANDOM_FILE)
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(gpus[: torch.cuda.device_count()])
-        except (*ODD, OSError, RuntimeError, SafetensorError) as error:
+        except (*ODD, OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
             why = " ".join(str(error).split())
             raise DataError(
                 f"checkpoint {last} cannot be read ({why:.200}). Remove it, or start over with --overwrite."
