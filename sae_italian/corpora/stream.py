@@ -265,9 +265,7 @@ class CorpusStream:
         return own | {"parts": [part.state() for part in self.parts], "counts": self.counts.as_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state. Raises: DataError for one of another version, or a shard that is gone."""
-        if "parts" not in state:
-            raise DataError("the position in the corpus was saved by another version of sae_italian: start anew.")
+        """Go on from a saved state. Raises: DataError for a shard that is gone."""
         self.n_picks, self.turn, self.ended = state["n_picks"], state["turn"], list(state["ended"])
         for part, part_state in zip(self.parts, state["parts"], strict=True):
             part.load(part_state)

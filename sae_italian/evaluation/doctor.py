@@ -21,7 +21,7 @@ from sae_italian.corpora.packing import bos_id, special_mask
 from sae_italian.evaluation import diagnosis as measure
 from sae_italian.evaluation.evaluate import Windows
 from sae_italian.evaluation.evaluate import measure as measure_windows
-from sae_italian.models import parse_hook_name, resolve
+from sae_italian.models import parse_hook_name, resolve, resolved_here
 from sae_italian.models.loading import bos_count
 from sae_italian.saes import hooks_of
 from sae_italian.saes.fit import Fit, fit, threshold_for
@@ -130,10 +130,8 @@ def finding_of(error: UsageError) -> Finding:
 def _model_checks(sae: Any, facts: dict[str, Any]) -> Iterator[Finding]:
     trained_on, used = sae.cfg.metadata.model_name, facts.get("name")
     if trained_on and used:
-        try:
-            trained_on = resolve(str(trained_on)).saved_name
-        except UsageError:
-            trained_on = str(trained_on)
+        known = resolved_here(trained_on)
+        trained_on = known.saved_name if known else str(trained_on)
         same = trained_on == used
         yield Finding("model", "pass" if same else "warn", f"trained on {trained_on}, looked at on {used}",
                     "" if same else "a fine-tune is fair game; else load the model it was trained on")  # fmt: skip
