@@ -5,7 +5,6 @@ folder and a number that writes one file whole. A unit is done when the manifest
 continues after the last finished unit, and ends with the same bytes wherever and in whatever order units were run.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -33,7 +32,6 @@ KIND = "cache"
 WINDOWS_PER_SHARD, TOKENS_PER_SHARD = 512, 2**17
 LATENTS_PER_RANGE = 512
 NON_ZEROS_PER_RANGE = 2**22  # unless one latent alone has more; the statistics need about 70 bytes of memory for each
-SAVE_EVERY = 2.0  # seconds between two writings of the manifest
 
 # Does a function on every unit, anywhere and in any order; yields the records as they come. `map` is one.
 UnitMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -201,19 +199,9 @@ def finish_cache(out: Path, manifest: Manifest, sae: Any, model: Any, run_units:
 def as_they_come(
     records: Iterable[Any], what: str, unit: str, total: int, manifests: dict[Path, Manifest]
 ) -> Iterator[Any]:
-    """Yield the records behind a bar; the manifests that they are entered into are saved now and then, and at the end.
-
-    What was done since the last saving is done again after a kill.
-    """
-    saved = time.monotonic()
-    try:
-        for record in progress(what, records, total=total, unit=unit):
-            yield record
-            if time.monotonic() - saved > SAVE_EVERY:
-                saved = time.monotonic()
-                for folder, manifest in manifests.items():
-                    manifest.save(folder)
-    finally:
+    """Yield the records behind a bar; the manifests are saved when one has been entered into them."""
+    for record in progress(what, records, total=total, unit=unit):
+        yield record
         for folder, manifest in manifests.items():
             manifest.save(folder)
 

@@ -4,11 +4,8 @@ A range of latents is done at once: no step goes latent by latent. What stands n
 fire on the same tokens, decoder directions, and the tokens these promote.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import groupby, pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +32,7 @@ BLOCK_BYTES = 2**27  # of a product with the decoder
 
 
 class TextCounts(NamedTuple):
-    """What the statistics need of the whole text; the two long arrays are files, so they need no memory."""
+    """What the statistics need of the whole text."""
 
     tokens: Int[np.ndarray, " positions"]
     doc: Int[np.ndarray, " positions"]
@@ -76,11 +73,11 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     parts: dict[str, list[Any]] = {}
     counts = np.concatenate([np.diff(cache.map_file(item.file)["indptr"]) for item in manifest.ranges]).astype(np.int64)
     tokenizer = getattr(model, "tokenizer", None)
-    with _text_counts(cache, [] if tokenizer is None else tokenizer.all_special_ids) as text:
-        for item in progress("statistics", manifest.ranges, unit="range"):
-            columns = _range_columns(cache, item, text) | cofiring_neighbours(cache, item, counts)
-            for name, column in columns.items():
-                parts.setdefault(name, []).append(arrow(column) if isinstance(column, np.ndarray) else column)
+    text = _text_counts(cache, [] if tokenizer is None else tokenizer.all_special_ids)
+    for item in progress("statistics", manifest.ranges, unit="range"):
+        columns = _range_columns(cache, item, text) | cofiring_neighbours(cache, item, counts)
+        for name, column in columns.items():
+            parts.setdefault(name, []).append(arrow(column) if isinstance(column, np.ndarray) else column)
     merged = {name: pa.concat_arrays(columns) for name, columns in parts.items()} | decoder_columns(
         sae, model, manifest.d_sae
     )
@@ -101,26 +98,10 @@ def arrow(array: np.ndarray, offsets: np.ndarray | None = None) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(array.ravel()))
 
 
-@contextmanager
-def _text_counts(cache: FeatureCache, special: list[int]) -> Iterator[TextCounts]:
-    """Lay the tokens and documents of all shards end to end in two temporary files.
-
-    Special tokens are not counted, where one is typed in a document neither: no latent is read there.
-    """
-    counts = np.zeros(0, dtype=np.int64)
-    with TemporaryDirectory(dir=cache.folder, prefix=".", suffix=".tmp") as scratch:
-        files = [Path(scratch) / name for name in ("tokens", "doc")]
-        with files[0].open("wb") as tokens_out, files[1].open("wb") as doc_out:
-            for shard in cache.manifest.shards:
-                arrays = cache.shard_tokens(shard.index)
-                arrays["tokens"].astype(np.uint32).tofile(tokens_out)
-                arrays["doc"].tofile(doc_out)
-                counted = (arrays["doc"] != NO_DOCUMENT) & ~np.isin(arrays["tokens"], special)
-                here = np.bincount(arrays["tokens"][counted], minlength=len(counts))
-                here[: len(counts)] += counts
-                counts = here
-        tokens, doc = (np.memmap(file, dtype=np.uint32, mode="r") for file in files)
-        yield TextCounts(tokens, doc, counts)
+def _text_counts(cache: FeatureCache, special: list[int]) -> TextCounts:
+    """Count the tokens of documents; no special ones, where one is typed in a document neither: no latent is read there."""
+    counted = (cache.doc != NO_DOCUMENT) & ~np.isin(cache.tokens, special)
+    return TextCounts(cache.tokens, cache.doc, np.bincount(cache.tokens[counted]))
 
 
 def _range_columns(cache: FeatureCache, item: LatentRange, text: TextCounts) -> dict[str, Any]:
