@@ -11,6 +11,7 @@ from sae_italian.base.storage import disk_full, free_space, read_json
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 WANDB_FILE = "wandb.json"  # in the folder of a trained SAE
+REFUSED = (401, 403, 404)  # the hub's answers to who may not read something, and for what there is not
 DAMAGED = ("not a valid json", "consistency check failed", "unexpected eof")
 
 
@@ -50,7 +51,7 @@ def _refusal(chain: list[BaseException], repo_id: str, revision: str | None) -> 
 
     cached, page = cache_folder(repo_id), f"https://huggingface.co/{repo_id}"
     refusal = next((each for each in chain if isinstance(each, HfHubHTTPError) and each.response is not None), None)
-    if refusal is not None and refusal.response.status_code < 500:
+    if refusal is not None and refusal.response.status_code in REFUSED:
         at, why = f" at revision {revision!r}" if revision else "", " ".join(str(refusal).split())
         return (
             f": the hub does not give it{at} ({refusal.response.status_code}, {why:.200}). Check its name and revision at "

@@ -159,7 +159,7 @@ def test_a_gated_corpus_says_what_to_do(server):
     ):
         texts("culturax-it")
     server.fault("api", "403")
-    with pytest.raises(UsageError, match="Corpora without a gate: fineweb-2-it"):
+    with pytest.raises(UsageError, match="403.*set HF_TOKEN"):
         texts("oscar-it")
 
 
@@ -182,7 +182,7 @@ def test_names_and_revisions_the_hub_does_not_have(server):
 def test_offline_says_so(server, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
-    with pytest.raises(UsageError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(UsageError, match="cannot be read.*HF_HUB_OFFLINE"):
         texts("wikipedia-it")
 
 
