@@ -222,7 +222,7 @@ def export(
     chosen: Chosen = Chosen(),
     folder: Folder = Folder(),
 ) -> Result:
-    """Write a cache, its explanations or an SAE for another program; what is written is checked before it is done.
+    """Write a cache, its explanations or an SAE for another program.
 
     Args:
         source: A cache's folder; for jumprelu and model-card an SAE: a folder, or release:sae_id.

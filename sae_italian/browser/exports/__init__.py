@@ -1,4 +1,4 @@
-"""A cache's latents in the formats of other tools: claim a folder, write it latent by latent, check all of it.
+"""A cache's latents in the formats of other tools: claim a folder, and write it latent by latent.
 
 neuronpedia        <out>/<model>_<set>_<hook_name>_<d_sae>[_<suffix>]/batch-<k>.json, run_settings.json,
                    skipped_indexes.json: the folder that SAEDashboard's runner writes, without its pickle of tokens.
@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 from sae_italian.autointerp.choose import LOOKUP
 from sae_italian.autointerp.store import NOW
-from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, claimed, read_json, write_text
 from sae_italian.browser.contexts import storable
 from sae_italian.browser.directions import rounded
-from sae_italian.browser.exports.latents import Facts, FieldCheck, Latents, facts_of, make_row, names_of, row_id, tables
+from sae_italian.browser.exports.latents import Facts, Latents, facts_of, make_row, names_of, row_id, tables
 from sae_italian.browser.source import LatentSource
 from sae_italian.browser.widget import card_html, list_html
 from sae_italian.browser.write import write_browser
@@ -46,47 +46,19 @@ NO_DECODER = (
 
 
 class Export(NamedTuple):
-    """What was written: the folder, how many rows of each table fit, and what could not be filled."""
+    """What was written: the folder, how many latents are in it, and what could not be filled."""
 
     to: str
     folder: Path
-    rows: dict[str, int]
+    n_latents: int
     lost: list[str]
 
     def text(self) -> str:
-        counts = ", ".join(f"{n:,} {name}" for name, n in self.rows.items())
-        lines = [f"written: {self.folder}", f"checked against the table of fields: {counts}"]
-        return "\n".join([*lines, *(f"left empty: {what}" for what in self.lost)])
-
-
-def check_folder(folder: Path, to: str, n_latents: int) -> dict[str, int]:
-    """Check every row of an export against the table of fields; return the rows of each table.
-
-    Raises: DataError at the first that does not fit, and when a latent is missing.
-    """
-    form, checked = FORMS[to], FieldCheck()
-    tables_of = form.once | {file: table for file, (table, _) in form.batches.items()}
-    for pattern, table in tables_of.items():
-        for file in sorted(folder.glob(pattern.format("[0-9]*"))):
-            for number, row in enumerate(read_rows(file), 1):
-                checked(table, row, f"{file.relative_to(folder)}, line {number}")
-    if checked.n_rows[form.latents] != n_latents:
-        raise DataError(
-            f"{folder} holds {checked.n_rows[form.latents]} of {n_latents} latents. Write the export again."
-        )
-    return dict(checked.n_rows)
+        written = f"written: {self.folder}, {self.n_latents:,} latents"
+        return "\n".join([written, *(f"left empty: {what}" for what in self.lost)])
 
 
 # --- files of rows -----------------------------------------------------------------------------------------------------
-
-
-def read_rows(file: Path) -> Iterator[Facts]:
-    """Yield the rows of one file."""
-    if file.suffix == ".json":
-        yield read_json(file)
-        return
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as handle:
-        yield from map(json.loads, handle)
 
 
 def write_rows(file: Path, rows: Iterable[Facts]) -> None:
@@ -164,7 +136,7 @@ def circuit_feature(latents: Latents, latent: int) -> Facts:
 
 
 class Form(NamedTuple):
-    """A format of files: the folder that facts name, and the table of each file, filled once or batch by batch of latents.
+    """A format of files: the folder that facts name, the tables of files that are filled once, and the rows of the others.
 
     The `{}` of a batch's file is its `number` (of the facts, the batch and its first latent); of several, the last is written
     last, so what is there is whole.
@@ -172,8 +144,7 @@ class Form(NamedTuple):
 
     folder: str
     once: dict[str, str]
-    batches: dict[str, tuple[str, Callable[[Latents, range], Iterator[Facts]]]]
-    latents: str  # the table that has a row for each latent
+    batches: dict[str, Callable[[Latents, range], Iterator[Facts]]]
     size: int = BATCH  # latents of a batch, more where there would be more than `most` of them
     most: int = sys.maxsize
     number: Callable[[Facts, int, int], int] = lambda facts, batch, first: batch
@@ -183,25 +154,22 @@ FORMS = {
     "neuronpedia": Form(
         "{model}_{source_set}_{hook_name}_{d_sae}{ending}",
         {f"{name}.json": name for name in ("run_settings", "skipped_indexes")},
-        {"batch-{}.json": ("batch", _batches)},
-        "batch_feature",
+        {"batch-{}.json": _batches},
     ),
     "neuronpedia-bulk": Form(
         "{model}/{source}",
         {f"{name}.jsonl": name for name in ("release", "model", "sourceset", "source")},
         {
-            "explanations/batch-{}.jsonl.gz": ("explanation", _explanations),
-            "activations/batch-{}.jsonl.gz": ("activation", _activations),
-            "features/batch-{}.jsonl.gz": ("neuron", _neurons),
+            "explanations/batch-{}.jsonl.gz": _explanations,
+            "activations/batch-{}.jsonl.gz": _activations,
+            "features/batch-{}.jsonl.gz": _neurons,
         },
-        "neuron",
         most=1000,  # files of a folder that its importer sees
     ),
     "circuit-tracer": Form(
         "features/{release}",
         {},
-        {"{}.json": ("circuit_feature", _circuit_features)},
-        "circuit_feature",
+        {"{}.json": _circuit_features},
         size=1,
         number=lambda facts, batch, first: cantor(facts["layer"], first),
     ),
@@ -218,7 +186,7 @@ def _write(folder: Path, to: str, latents: Latents, wanted: range, bar: Any) -> 
     for number, first in enumerate(range(wanted.start, wanted.stop, size)):
         batch = range(first, min(first + size, wanted.stop))
         name = form.number(latents.facts, number, first)
-        files = {folder / file.format(name): rows for file, (_, rows) in form.batches.items()}
+        files = {folder / file.format(name): rows for file, rows in form.batches.items()}
         if not list(files)[-1].is_file():
             for file, rows in files.items():
                 write_rows(file, rows(latents, batch))
@@ -236,9 +204,7 @@ def wandb_row(latents: Latents, latent: int) -> Facts:
     return make_row("wandb_latent", {**record, **joined, "example": latents.strongest(latent)})
 
 
-def _wandb(
-    out: Path, latents: Latents, wanted: range, project: str | None, online: bool
-) -> tuple[Path, dict[str, int]]:
+def _wandb(out: Path, latents: Latents, wanted: range, project: str | None, online: bool) -> Path:
     """Log table, a page and the browser as one W&B run below `out`; return the run's folder, which `wandb sync` sends.
 
     It joins project and group of the run that trained the SAE and, online, uses that run's artifact. Raises: UsageError
@@ -248,9 +214,7 @@ def _wandb(
         import wandb
     except ImportError:
         raise UsageError("W&B is not installed; it comes with pip install 'sae-italian[sweeps]'.") from None
-    table, checked = [wandb_row(latents, latent) for latent in wanted], FieldCheck()
-    for row in table:
-        checked("wandb_latent", row)
+    table = [wandb_row(latents, latent) for latent in wanted]
     write_browser(out / "browser", latents.source)
     source, trained = latents.source, WandbRun.of(latents.cache.manifest.sae)
     trained = trained._replace(project=project or trained.project)
@@ -268,7 +232,7 @@ def _wandb(
         artifact = wandb.Artifact("latent-browser", type="html", description="open index.html")
         artifact.add_dir(str(out / "browser"))
         run.log_artifact(artifact)
-        return Path(run.dir).parent, dict(checked.n_rows)
+        return Path(run.dir).parent
 
 
 # --- the export ----------------------------------------------------------------------------------------------------------
@@ -289,12 +253,12 @@ def export(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Export:
-    """Write a cache's latents (first, last, inclusive; default all) into `out` in another tool's format, and check it.
+    """Write a cache's latents (first, last, inclusive; default all) into `out` in another tool's format.
 
     `to` is one of FORMATS. `names` are `model`, `source_set`, `suffix`, `creator` and `creator_name` for Neuronpedia.
     `sae` and `model` fill what is read off the weights; without them these fields are empty and named in `lost`.
     Raises: UsageError for another format, names that Neuronpedia refuses, latents that are not there, and a folder that
-    holds something else; DataError when what was written does not fit the table of fields.
+    holds something else.
     """
     if to not in FORMATS:
         raise UsageError(f"{to!r} is no format for an export. {nearest(to, FORMATS)}")
@@ -307,12 +271,11 @@ def export(
         source = LatentSource(cache, tokenizer, sae=sae, model=model)
         with progress(to, total=len(wanted), unit="latent") as bar:
             if to == "wandb":
-                return Export(to, *_wandb(out, Latents(source), wanted, project, online), [])
+                return Export(to, _wandb(out, Latents(source), wanted, project, online), len(wanted), [])
             config = None if to != "neuronpedia-bulk" else model.config if model else load_model_config(manifest.model)
             facts = facts_of(manifest, called, config, sae)
             folder = out / FORMS[to].folder.format_map(facts)
             facts |= {"n_batches": -(-len(wanted) // BATCH), "outputs_dir": str(folder.parent)}
             facts["created"] = read_json(out / "run.json")["created"]  # a resumed export keeps its date
             _write(folder, to, Latents(source, facts), wanted, bar)
-        rows = check_folder(folder, to, len(wanted))
-        return Export(to, folder, rows, [] if here or to == "circuit-tracer" else [NO_DECODER])
+        return Export(to, folder, len(wanted), [] if here or to == "circuit-tracer" else [NO_DECODER])

@@ -5,6 +5,7 @@ import pytest
 from sae_italian.browser.exports import export
 from sae_italian.cache import FeatureCache
 from sae_italian.saes import load_sae
+from tests.browser.exports.field_check import checked
 
 LATENTS = (0, 11)
 
@@ -27,10 +28,10 @@ def nasty(nasty_texts) -> FeatureCache:
 @pytest.fixture(scope="package")
 def bulk(cache, sae, mini, tmp_path_factory):
     out = tmp_path_factory.mktemp("bulk") / "out"
-    return export(cache, mini.tokenizer, out, "neuronpedia-bulk", sae=sae, model=mini, latents=LATENTS)
+    return checked(export(cache, mini.tokenizer, out, "neuronpedia-bulk", sae=sae, model=mini, latents=LATENTS))
 
 
 @pytest.fixture(scope="package")
 def batch(cache, sae, mini, tmp_path_factory):
     out = tmp_path_factory.mktemp("batch") / "out"
-    return export(cache, mini.tokenizer, out, "neuronpedia", sae=sae, model=mini, latents=LATENTS)
+    return checked(export(cache, mini.tokenizer, out, "neuronpedia", sae=sae, model=mini, latents=LATENTS))

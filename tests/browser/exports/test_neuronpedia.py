@@ -9,14 +9,15 @@ import pytest
 
 from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.store import Explanation, Store
-from sae_italian.base.errors import DataError, UsageError
-from sae_italian.browser.exports import check_folder, export, read_rows
+from sae_italian.base.errors import UsageError
+from sae_italian.browser.exports import export
 from sae_italian.browser.exports.latents import tables
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import logit_lens
 
 from .conftest import LATENTS
+from .field_check import check_folder, checked, read_rows
 from .mojibake import is_mojibake
 
 WANTED = range(LATENTS[0], LATENTS[1] + 1)
@@ -41,7 +42,7 @@ def live(cache):
 def test_a_batch_holds_every_latent_with_every_field(batch, cache):
     rows = features(batch)
     assert [row["feature_index"] for row in rows] == list(WANTED)
-    assert batch.rows["batch_feature"] == len(WANTED) and batch.lost == []
+    assert batch.n_latents == len(WANTED) and batch.lost == []
     assert all(list(row) == list(tables()["batch_feature"]["fields"]) for row in rows)
     for row in rows:
         statistics = cache.latent(row["feature_index"]).statistics
@@ -202,7 +203,7 @@ def damage(folder, name, change):
 def test_what_does_not_fit_is_refused(bulk, tmp_path, name, change, message):
     folder = shutil.copytree(bulk.folder, tmp_path / "copy")
     damage(folder, name, change)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(AssertionError, match=message):
         check_folder(folder, "neuronpedia-bulk", len(WANTED))
 
 
@@ -242,9 +243,8 @@ def test_an_explanation_of_5000_letters_and_one_by_an_llm_are_there_whole(cache,
     with Store(folder / STORE_FILE, {}) as store:
         latent = next(i for i in range(256) if i not in store.explained("llm:prova:it"))
         store.add_explanations([Explanation(latent, "llm:prova:it", "ok", long, "", None, "llm")])
-    done = export(
-        FeatureCache.open(folder), mini.tokenizer, tmp_path / "out", "neuronpedia-bulk", latents=(latent, latent)
-    )
+    only = {"latents": (latent, latent)}
+    done = checked(export(FeatureCache.open(folder), mini.tokenizer, tmp_path / "out", "neuronpedia-bulk", **only))
     rows = [row for row in lines(done, "explanations") if "llm:prova:it" in row["notes"]]
     assert [row["description"] for row in rows] == [long] and json.loads(rows[0]["notes"])["language"] == "it"
 
@@ -253,8 +253,8 @@ def test_an_explanation_of_5000_letters_and_one_by_an_llm_are_there_whole(cache,
 
 
 def test_a_nasty_corpus_without_explanations_or_weights_goes_through(nasty, mini, tmp_path):
-    done = export(nasty, mini.tokenizer, tmp_path / "out", "neuronpedia-bulk", latents=(0, 19))
-    assert done.rows["neuron"] == 20 and "explanation" not in done.rows and done.lost
+    done = checked(export(nasty, mini.tokenizer, tmp_path / "out", "neuronpedia-bulk", latents=(0, 19)))
+    assert done.n_latents == 20 and not lines(done, "explanations") and done.lost
     text = "\n".join("".join(row["tokens"]) for row in lines(done, "activations"))
     assert "<script>" in text and "perché" in text and "🙂" in text and "\x00" not in text
 

@@ -6,16 +6,17 @@ import time
 
 import pytest
 
-from sae_italian.base.errors import DataError, UsageError
-from sae_italian.browser.exports import check_folder, export
+from sae_italian.base.errors import UsageError
+from sae_italian.browser.exports import export
 from sae_italian.browser.exports.latents import tables
 from sae_italian.circuits.show import cantor
 from sae_italian.cli import main
 from sae_italian.evaluation.card import NUMBERS, EvaluationCard
+from tests.browser.exports.field_check import FieldCheck, check_folder, checked
 
 
 def test_circuit_tracer_finds_each_latent_by_its_cantor_pair(cache, mini, tmp_path):
-    done = export(cache, mini.tokenizer, tmp_path / "out", "circuit-tracer", latents=(3, 9))
+    done = checked(export(cache, mini.tokenizer, tmp_path / "out", "circuit-tracer", latents=(3, 9)))
     assert sorted(int(file.stem) for file in done.folder.iterdir()) == sorted(cantor(1, i) for i in range(3, 10))
     for latent in range(3, 10):
         row = json.loads((done.folder / f"{cantor(1, latent)}.json").read_text(encoding="utf-8"))
@@ -27,10 +28,10 @@ def test_circuit_tracer_finds_each_latent_by_its_cantor_pair(cache, mini, tmp_pa
                 assert example["tokens_acts_list"][example["train_token_ind"]] > 0
     file = done.folder / f"{cantor(1, 4)}.json"
     file.write_text(file.read_text(encoding="utf-8").replace('"index": 4', '"index": 5'), encoding="utf-8")
-    with pytest.raises(DataError, match="twice"):
+    with pytest.raises(AssertionError, match="twice"):
         check_folder(done.folder, "circuit-tracer", 7)
     file.unlink()
-    with pytest.raises(DataError, match="6 of 7 latents"):
+    with pytest.raises(AssertionError, match="6 of 7 latents"):
         check_folder(done.folder, "circuit-tracer", 7)
 
 
@@ -40,6 +41,9 @@ def test_wandb_gets_the_table_and_the_browser_offline(cache, mini, tmp_path):
     (table,) = done.folder.rglob("latents*.table.json")
     found = json.loads(table.read_text(encoding="utf-8"))
     assert found["columns"] == list(tables()["wandb_latent"]["fields"]) and len(found["data"]) == 32
+    check = FieldCheck()
+    for row in found["data"]:
+        check("wandb_latent", dict(zip(found["columns"], row, strict=True)))
     assert (tmp_path / "out" / "browser" / "index.html").is_file()
     (page,) = done.folder.rglob("strongest*.html")
     assert "<table" in page.read_text() and "<script" not in page.read_text()
@@ -55,7 +59,7 @@ def test_the_command_writes_what_it_says(cache, trained_sae, tmp_path, capsys):
     arguments = ["export", str(cache.folder), "--to", "neuronpedia", "--out", str(tmp_path / "out"), "--latents", "0-7"]
     assert main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["rows"]["batch_feature"] == 8 and printed["lost"] == []
+    assert printed["n_latents"] == 8 and printed["lost"] == []
     assert main(arguments) == 2 and "--resume" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "model_id=Mio Modello"]) == 2
     assert "model_id=" in capsys.readouterr().err

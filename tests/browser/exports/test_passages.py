@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sae_italian.browser.exports.latents import facts_of, names_of, pieces, row_id, storable, tables
 from sae_italian.circuits.show import cantor
+from tests.browser.exports.field_check import groups_of
 from tests.browser.exports.mojibake import is_mojibake
 
 COVER = st.lists(st.integers(0, 3), min_size=1, max_size=12)
@@ -67,5 +68,5 @@ def test_the_table_of_fields_speaks_of_its_own_fields():
         fields = table["fields"]
         for rule in ("range", "pattern", "one_of", "rows"):
             assert set(table.get(rule, {})) <= set(fields), name
-        for group in [*table["same_length"], table.get("ascending", []), table.get("key", [])]:
+        for group in [*groups_of(table), table.get("ascending", []), table.get("key", [])]:
             assert set(group) <= set(fields), name
