@@ -7,8 +7,8 @@
 
 Reading needs no token: it shows what the cache's folder holds and costs nothing, so a link to a card can be passed on.
 
-Errors are {error_it, error_en}: 400 malformed (plain text: not from here), 403 another page or no token, 404, 408, 409 the
-cache was replaced, 413, 415, 422 an argument, 503 too much at once, 504 too slow.
+Errors are {error_it, error_en}: 400 malformed (plain text: not from here), 403 another page or no token, 404, 409 the cache
+was replaced, 413, 415, 422 an argument, 504 too slow.
 
 The server listens on loopback, but any page that this machine's browser shows can send requests there. The Host header
 tells such requests apart when a foreign name was made to point here (DNS rebinding; Starlette's TrustedHostMiddleware),
@@ -36,7 +36,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.browser.live import Refused, in_both
@@ -46,10 +45,8 @@ from sae_italian.cache.layout import MANIFEST
 
 T = TypeVar("T")
 HOST, PORT = "127.0.0.1", 8765
-HEAD_SECONDS = 10.0
 LOOPBACK = (HOST, "localhost", "[::1]")
 MAX_BODY = 64 * 1024  # bytes
-BODY_SECONDS = 10.0
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -90,8 +87,7 @@ def create_app(answers: PageAnswers, *, seconds: float = 60.0) -> Guard:
 def as_json(value: Any, status: int = 200) -> Response:
     """Return a JSON answer; half a surrogate pair becomes a question mark."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    headers = {"retry-after": "2"} if status == 503 else {}
-    return Response(text.encode("utf-8", "replace"), status, headers, "application/json")
+    return Response(text.encode("utf-8", "replace"), status, media_type="application/json")
 
 
 class Guard(BaseHTTPMiddleware):
@@ -115,7 +111,7 @@ class Server:
 
     def __init__(self, answers: PageAnswers, seconds: float):
         self.answers, self.token = answers, secrets.token_urlsafe(16)
-        self.reader = Worker("reader", waiting=1024)
+        self.reader = Worker("reader")
         self.worker = Worker("live", seconds=seconds)
         sources = [answers.source, *([answers.other.source] if answers.other else [])]
         files = [source.cache.folder / MANIFEST for source in sources]
@@ -184,46 +180,35 @@ class Server:
 
 
 async def read_json_body(request: Request) -> Any:
-    """Return the JSON of a request. Raises: Refused for another content type, too much, too slow, and no JSON."""
+    """Return the JSON of a request. Raises: Refused for another content type, too much, and no JSON."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise Refused("application/json is expected.", "Serve application/json.", 415)
     body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise Refused(f"The request is larger than {MAX_BODY:,} bytes.", "Richiesta troppo grande.", 413)
     try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BODY:
-                    raise Refused(f"The request is larger than {MAX_BODY:,} bytes.", "Richiesta troppo grande.", 413)
         return json.loads(bytes(body))
-    except TimeoutError:
-        raise Refused("The request took too long to arrive.", "Richiesta troppo lenta.", 408) from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, Refused):
-            raise
+    except (ValueError, RecursionError):
         raise Refused("The request's body is not JSON.", "Il corpo della richiesta non è JSON.", 400) from None
 
 
 class Worker:
-    """One thread that does one thing at a time, so a model is never used twice at once and memory stays bounded.
+    """One thread that does one thing at a time, so a model is never used twice at once.
 
-    At most `waiting` calls are held; more are turned away at once (503). A call that is not done after `seconds` is
-    given up (504): if it has not begun it never does; if it has, it ends in its own time and the next one follows.
+    A call that is not done after `seconds` is given up (504): if it has not begun it never does; if it has, it ends in
+    its own time and the next one follows.
     """
 
-    def __init__(self, name: str, *, waiting: int = 128, seconds: float = 60.0):
-        self.waiting, self.seconds = waiting, seconds
+    def __init__(self, name: str, *, seconds: float = 60.0):
+        self.seconds = seconds
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._held = 0
 
     async def __call__(self, function: Callable[..., T], *arguments: object) -> T:
         """Return the function's result. Raises: Refused, and what the function raises."""
-        if self._held >= self.waiting:
-            raise Refused(
-                "Too much work is queued; try again shortly.", "Troppo lavoro in coda: riprova tra poco.", 503
-            )
-        self._held += 1
+        done = self._executor.submit(function, *arguments)
         try:
-            done = self._executor.submit(function, *arguments)
             return await asyncio.wait_for(asyncio.wrap_future(done), self.seconds)
         except TimeoutError:
             raise Refused(
@@ -231,8 +216,6 @@ class Worker:
                 f"Nessuna risposta in {self.seconds:g} secondi: prova con un testo più corto.",
                 504,
             ) from None
-        finally:
-            self._held -= 1
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -276,7 +259,7 @@ def make_server(app: Any) -> uvicorn.Server:
     """Return a uvicorn server with small limits: it serves one person's browser."""
     config = uvicorn.Config(
         app,
-        http=Punctual,
+        http="h11",
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -289,39 +272,3 @@ def make_server(app: Any) -> uvicorn.Server:
         h11_max_incomplete_event_size=16 * 1024,
     )
     return uvicorn.Server(config)
-
-
-class Punctual(H11Protocol):
-    """uvicorn's protocol with an end to waiting for the head of a request.
-
-    uvicorn counts every connection against its limit and waits for a request's first lines for ever; whoever opens many
-    and sends nothing whole would lock everybody else out. A connection at work or idle between requests is uvicorn's.
-    """
-
-    waiting: asyncio.TimerHandle | None = None
-
-    def wait(self) -> None:
-        self.waiting = self.waiting or self.loop.call_later(HEAD_SECONDS, self.too_late)
-
-    def stop(self) -> None:
-        if self.waiting is not None:
-            self.waiting.cancel()
-            self.waiting = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self.wait()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        at_work = self.cycle is not None and not self.cycle.response_complete
-        (self.stop if at_work or self.timeout_keep_alive_task is not None else self.wait)()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.stop()
-        super().connection_lost(exc)
-
-    def too_late(self) -> None:
-        self.waiting = None
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()

@@ -18,7 +18,6 @@ from starlette.testclient import TestClient as Client
 
 from sae_italian.base.errors import UsageError
 from sae_italian.browser import server
-from sae_italian.browser.live import Refused
 from sae_italian.browser.server import HEADERS, MAX_BODY, Worker, bind
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
@@ -251,26 +250,6 @@ def test_bodies_are_small_and_json(client):
     assert client.post("/api/live/tokens", content=b'{"sentence": "\\ud800 a"}', headers=headers).status_code == 200
 
 
-def test_a_body_that_never_comes_is_not_waited_for(opened, monkeypatch):
-    monkeypatch.setattr(server, "BODY_SECONDS", 0.01)
-    sent: list[dict] = []
-
-    async def never() -> dict:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def send(message):
-        sent.append(dict(message))
-
-    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": "/api/live/tokens", "raw_path": b"", "query_string": b""}
-    app = create_app(*opened)
-    headers.append((b"x-token", app.token.encode()))
-    scope |= {"headers": headers, "root_path": "", "scheme": "http", "http_version": "1.1", "server": ("127.0.0.1", 1)}
-    asyncio.run(app(scope, never, send))
-    assert sent[0]["status"] == 408
-
-
 def test_a_defect_shows_no_insides(opened, monkeypatch):
     source, live = opened
     monkeypatch.setattr(type(source), "card", lambda *_: 1 / 0)
@@ -323,47 +302,9 @@ def test_fifty_clients_at_once_are_all_answered(opened, active):
         assert client.get("/api/run").status_code == 200
 
 
-def test_connections_that_send_nothing_whole_are_closed_and_lock_nobody_out(opened, monkeypatch):
-    monkeypatch.setattr("sae_italian.browser.server.HEAD_SECONDS", 0.05)
-    whole = b"GET /api/run HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with running(create_app(*opened)) as address:
-        host, port = address.removeprefix("http://").split(":")
-        for first in (b"", whole):
-            for sent in (b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\nX-a: "):
-                with socket.create_connection((host, int(port)), timeout=60) as connection:
-                    connection.sendall(first)
-                    assert not first or connection.recv(65536).startswith(b"HTTP/1.1 200")
-                    connection.sendall(sent)
-                    while connection.recv(65536):  # ends when the server closes
-                        pass
-        assert httpx.get(address + "/api/run").status_code == 200
-
-
 def test_paths_are_taken_as_they_are(client):
     for path in ("/api/rows/", "/api/run/", "//api/run"):
         assert client.get(path, follow_redirects=False).status_code == 404
-
-
-def test_a_full_queue_turns_away_and_then_answers_again():
-    release, begun = threading.Event(), threading.Event()
-
-    def wait() -> str:
-        begun.set()
-        release.wait(60)
-        return "done"
-
-    async def scenario():
-        worker = Worker("test", waiting=2, seconds=60)
-        held = [asyncio.create_task(worker(wait)) for _ in range(2)]
-        await asyncio.to_thread(begun.wait, 60)
-        with pytest.raises(Refused) as refused:
-            await worker(wait)
-        assert refused.value.status == 503 and server.as_json({}, 503).headers["retry-after"]
-        release.set()
-        assert await asyncio.gather(*held) == ["done", "done"] and await worker(lambda: 5) == 5
-        worker.close()
-
-    asyncio.run(scenario())
 
 
 def test_what_takes_too_long_is_given_up_and_what_had_not_begun_never_does():
