@@ -116,10 +116,10 @@ def _of_language(task: str, language: str) -> Any:
 
 def italian_skills(model: Any, *, n: int = 300, seed: int = 1001) -> dict[str, float]:
     """Return what a model knows of MicroItaliano on n items each, as shares right, and one mean difference in nats."""
-    prompts = [(p.text, p.io, p.subject, p.order) for p in micro_italiano.ioi_prompts(n, seed=seed)]
-    both = micro_italiano.agreement_pairs(n, seed=seed), prompts
-    items = [[(f"{text} {right}", f"{text} {wrong}", kind) for text, right, wrong, kind in some] for some in both]
-    agreement, ioi = (score_choices(model, model.tokenizer, some) for some in items)
+    pairs = micro_italiano.agreement_pairs(n, seed=seed)
+    items = [(f"{p.prefix} {p.right}", f"{p.prefix} {p.wrong}", p.kind) for p in pairs]
+    agreement, words = score_choices(model, model.tokenizer, items), default_words("micro-italiano")
+    ioi = ioi_score(model, model.tokenizer, ioi_pairs(n, model.tokenizer, words, n_name_tokens=None, seed=seed))
     return {
         "agreement, all": agreement.accuracy.value,
         **{f"agreement, {kind}": share.value for kind, share in sorted(agreement.by_kind.items())},
@@ -140,13 +140,6 @@ class IoiWords:
     objects: Sequence[str]
     templates: Sequence[str]
     language: str = "it"
-
-    def __post_init__(self) -> None:
-        if not (self.places and self.objects and self.templates) or set(self.names) - set(_ENDING):
-            raise UsageError(
-                "the task needs at least one place, object and template, and names listed by gender, "
-                f"{' and '.join(_ENDING)}; found {', '.join(self.names)}."
-            )
 
 
 class IoiPair(NamedTuple):

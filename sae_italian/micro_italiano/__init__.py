@@ -1,6 +1,6 @@
 """MicroItaliano: a seeded grammar of Italian that generates documents with gold labels on character spans.
 
-It also gives prompts with a known answer: the indirect object, and determiners that foretell gender or number.
+It also gives prompts with a known answer: determiners that foretell gender or number.
 `document(index, seed)` depends on its two arguments only, on any machine. See grammar.py for the rules' language.
 """
 
@@ -10,23 +10,20 @@ from itertools import count
 from sae_italian.micro_italiano import steps
 from sae_italian.micro_italiano.grammar import Grammar, load_grammar
 from sae_italian.micro_italiano.lexicon import Noun
-from sae_italian.micro_italiano.steps import AgreementPair, Context, GoldDocument, IoiPrompt, Ref, Span, realise
+from sae_italian.micro_italiano.steps import AgreementPair, Context, GoldDocument, Ref, Span, realise
 
 __all__ = [
     "AgreementPair",
     "GoldDocument",
-    "IoiPrompt",
     "Span",
     "agreement_pairs",
     "document",
     "documents",
-    "ioi_prompts",
 ]
 
 REGISTER_WEIGHTS = {"narrative": 0.32, "news": 0.17, "recipe": 0.11, "law": 0.11, "dialogue": 0.17, "exercise": 0.12}
 _REGISTERS = tuple(REGISTER_WEIGHTS)
 _CUMULATIVE = steps.cumulate(tuple(REGISTER_WEIGHTS.values()))
-_IOI_RULES = ("ioi_testa", "ioi_testa_abituale", "ioi_testa_oggi")
 _DETERMINERS = ("il", "il", "un", "questo", "quello")
 
 
@@ -43,37 +40,6 @@ def documents(n: int | None = None, seed: int = 0, start: int = 0) -> Iterator[G
     """Yield `n` documents from index `start` on, or without end when `n` is None."""
     for index in count(start) if n is None else range(start, start + n):
         yield document(index, seed)
-
-
-def ioi_prompts(n: int, seed: int = 0) -> list[IoiPrompt]:
-    """Return `n` prompts from the documents' own templates, ABBA and BABA in turn.
-
-    A is the indirect object (the answer `io`), B the giver (`subject`), as in Wang et al. 2022, arXiv:2211.00593.
-    """
-    rules = load_grammar()
-    return [_ioi_prompt(rules, Context(f"ioi/{seed}/{index}"), index) for index in range(n)]
-
-
-def _ioi_prompt(rules: Grammar, ctx: Context, index: int) -> IoiPrompt:
-    names = rules.lex.classes["nome_c"]
-    giver = int(ctx.chance() * len(names))
-    other = (giver + 1 + int(ctx.chance() * (len(names) - 1))) % len(names)
-    subject, io = (_named(names[which]) for which in (giver, other))
-    order = ("ABBA", "BABA")[index % 2]
-    first, second = (io, subject) if order == "ABBA" else (subject, io)
-    both = (*first.core, rules.lex.words["e"], *second.core)
-    joint = Ref(subject.gender & io.gender, 1, 3, both)
-    templates = [(name, k) for name in _IOI_RULES for k in range(len(rules.rules[name].alternatives))]
-    name, k = ctx.pick(templates)
-    rules.rules[name].run(ctx, [subject, io, joint], k)
-    ctx.out.append(rules.lex.words["a"])
-    return IoiPrompt(realise(ctx.out, ctx.spans)[0], io.core[0].form, subject.core[0].form, f"{name}/{k}", order)
-
-
-def _named(noun: Noun) -> Ref:
-    token = noun.tokens[0]
-    assert token is not None
-    return Ref(noun.genders[0], 0, 3, (token,))
 
 
 def agreement_pairs(n: int, seed: int = 0) -> list[AgreementPair]:

@@ -51,9 +51,9 @@ class Rule:
     alternatives: list[tuple[int, list[Step]]] = field(default_factory=list)
     cumulative: list[float] = field(default_factory=list)
 
-    def run(self, ctx: Context, args: list[Any], index: int | None = None) -> None:
-        """Emit one alternative, chosen by weight unless `index` names it."""
-        size, body = self.alternatives[self._pick(ctx) if index is None else index]
+    def run(self, ctx: Context, args: list[Any]) -> None:
+        """Emit one alternative, chosen by weight."""
+        size, body = self.alternatives[self._pick(ctx)]
         env: Env = [None] * size
         env[: len(args)] = args
         for step in body:

@@ -37,16 +37,6 @@ class GoldDocument(NamedTuple):
         return f"GoldDocument({self.doc_id!r}, {self.register}, {len(self.words)} words: {self.text[:60]!r}...)"
 
 
-class IoiPrompt(NamedTuple):
-    """An indirect-object prompt: `text` ends right before " " + `io`; `order` is "ABBA" or "BABA"."""
-
-    text: str
-    io: str
-    subject: str
-    template: str
-    order: str
-
-
 class AgreementPair(NamedTuple):
     """`prefix` ends with a determiner; " " + `right` continues it, " " + `wrong` breaks `kind` agreement."""
 

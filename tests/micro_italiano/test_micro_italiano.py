@@ -16,7 +16,6 @@ from sae_italian.micro_italiano import (
     agreement_pairs,
     document,
     documents,
-    ioi_prompts,
 )
 from sae_italian.micro_italiano.grammar import load_grammar
 from sae_italian.micro_italiano.lexicon import adjective, enclitic, in_words, plural
@@ -168,20 +167,6 @@ def test_ioi_sentences_are_eight_to_twelve_in_a_hundred_and_always_name_the_othe
                 assert inside[-2] == "a" and inside[-1] == recipient
     assert 0.08 <= found / sentences <= 0.12
     assert registers == {"narrative", "news", "law", "dialogue"}
-
-
-def test_ioi_prompts() -> None:
-    prompts = ioi_prompts(300, seed=3)
-    assert prompts == ioi_prompts(300, seed=3) and prompts != ioi_prompts(300, seed=4)
-    assert [p.order for p in prompts[:4]] == ["ABBA", "BABA", "ABBA", "BABA"]
-    rules = ("ioi_testa", "ioi_testa_abituale", "ioi_testa_oggi")
-    templates = {f"{name}/{k}" for name in rules for k in range(len(load_grammar().rules[name].alternatives))}
-    assert {p.template for p in prompts} == templates and len(templates) >= 12
-    for p in prompts:
-        assert p.text.endswith(" a") and p.io != p.subject
-        order = re.findall(rf"\b({p.io}|{p.subject})\b", p.text)
-        expected = {"ABBA": [p.io, p.subject, p.subject], "BABA": [p.subject, p.io, p.subject]}
-        assert order == expected[p.order]
 
 
 def test_agreement_pairs_are_balanced_and_not_elided() -> None:

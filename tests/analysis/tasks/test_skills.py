@@ -3,9 +3,7 @@
 import json
 from pathlib import Path
 
-from sae_italian import micro_italiano
-from sae_italian.analysis import italian_skills
-from sae_italian.analysis.tasks import score_choices
+from sae_italian.analysis import ioi_pairs, ioi_score, italian_skills, words_for
 from sae_italian.models import catalogue
 
 
@@ -18,9 +16,8 @@ def test_determiner_noun_agreement_and_the_indirect_object(mini):
 
 def test_both_orders_of_the_names_are_right(mini):
     """A model that always names the first (or the last) person would fail one of them."""
-    prompts = micro_italiano.ioi_prompts(300, seed=1002)
-    items = [(f"{p.text} {p.io}", f"{p.text} {p.subject}", p.order) for p in prompts]
-    found = score_choices(mini, mini.tokenizer, items)
+    pairs = ioi_pairs(300, mini.tokenizer, words_for("sae-italian-mini"), n_name_tokens=None, seed=1002)
+    found = ioi_score(mini, mini.tokenizer, pairs)
     assert set(found.by_kind) == {"ABBA", "BABA"} and all(share.value >= 0.7 for share in found.by_kind.values())
 
 
