@@ -73,10 +73,6 @@ class ProbeTask:
     seed: int = 0
     shuffled: bool = False
 
-    def __post_init__(self) -> None:
-        if self.train.names != self.test.names:
-            raise ValueError("the two treebanks' labels are not the same columns")
-
     @cached_property
     def rows(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
         """The training words of the one treebank and the test words of the other."""

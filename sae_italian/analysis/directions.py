@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.statistics import Estimate, wilson
 
@@ -91,10 +91,8 @@ def map_of(units: Float[Tensor, "n d"], method: MapMethod = "pca", seed: int = 0
     """Return two coordinates for each direction.
 
     `pca` gives the first two principal components, the same for the same SAE; `umap` needs umap-learn and follows `seed`.
-    Raises: UsageError for an unknown method, and for `umap` when it is not installed.
+    Raises: UsageError for `umap` when it is not installed.
     """
-    if method not in get_args(MapMethod):
-        raise UsageError(f"map method {method!r} is unknown. {nearest(method, get_args(MapMethod))}")
     if method == "umap":
         return _umap(units, seed)
     # each component's largest loading is positive, so that signs repeat; of one dimension the second is 0
@@ -110,8 +108,6 @@ def _umap(units: Float[Tensor, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
         raise UsageError(
             "the map method 'umap' needs umap-learn, which is not installed: pip install umap-learn, or use 'pca'."
         ) from error
-    if len(units) <= 3:
-        raise UsageError(f"UMAP needs more than 3 latents, there are {len(units)}; use 'pca'.")
     settings = UMAP_SETTINGS | {"n_neighbors": min(30, len(units) - 1)}
     return np.asarray(umap.UMAP(random_state=seed, **settings).fit_transform(units.cpu().numpy()), dtype=np.float32)
 
@@ -194,10 +190,8 @@ class Set(NamedTuple):
 
     @classmethod
     def of(cls, name: str, sae: Any, alive: Bool[np.ndarray, " d_sae"] | None = None) -> Set:
-        """Raises: UsageError when `alive` is not one value per latent, or fewer than two latents are alive."""
+        """Raises: UsageError when fewer than two latents are alive."""
         units = normalize(sae.W_dec.detach().float(), dim=-1)
-        if alive is not None and len(alive) != len(units):
-            raise UsageError(f"{name} has {len(units):,} latents; {len(alive):,} values say which live.")
         latent = np.arange(len(units)) if alive is None else np.flatnonzero(alive)
         if len(latent) < 2:
             raise UsageError(f"{name} has {len(latent)} live latents; a comparison needs 2 or more.")

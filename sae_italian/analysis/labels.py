@@ -250,10 +250,8 @@ def language_latents(
     """Return activation probabilities on each language's corpus, at most `n_tokens` of each, and whose latents are whose.
 
     `text_columns` names each corpus' column (default: text). As control, documents are dealt to the languages at random, twenty times.
-    Raises: UsageError for fewer than two languages, an SAE that does not fit, an empty corpus.
+    Raises: UsageError for an SAE that does not fit, and an empty corpus.
     """
-    if len(corpora) < 2:
-        raise UsageError("latents of one language show only beside another; give two languages or more.")
     hook_name = check_fits(sae, model)
     context = check_context(int(context_size or sae.cfg.metadata.context_size or 128), model.config)
     for name, corpus in corpora.items():  # before the first one's minutes
@@ -319,11 +317,9 @@ def parallel_overlap(
 ) -> Overlap:
     """Return how far the same latents fire on two languages' corpora, whose documents are translations, in order.
 
-    Texts are read alone, after a BOS, to `context_size` tokens. Raises: UsageError unless there are two corpora of as many
+    Texts are read alone, after a BOS, to `context_size` tokens. Raises: UsageError unless the two corpora have as many
     documents each (of the first `n_pairs`).
     """
-    if len(corpora) != 2:
-        raise UsageError(f"parallel text is of two languages; {len(corpora)} were given.")
     hook_name, columns = check_fits(sae, model), text_columns or {}
     texts = {
         name: [d.text for d in islice(iter_documents(corpus, "all", text_column=columns.get(name, "text")), n_pairs)]

@@ -23,7 +23,7 @@ from sae_italian.autointerp.scorers.budget import BUDGETS, SOURCE
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
 from sae_italian.autointerp.store import NOW, TABLES, Store
 from sae_italian.autointerp.work import SHUFFLED, TITLE, WHOLE, stored_config
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain, shown, table
@@ -33,7 +33,6 @@ from sae_italian.cache.layout import MANIFEST, Manifest
 
 GOOD = 0.8  # balanced accuracy from which a latent counts as detected
 ENOUGH = 300  # latents from which a summary may stand for an SAE
-FORMATS = ("parquet", "jsonl", "wandb")  # of an export
 COLUMNS = ("detection", "fuzzing", "simulation", "shuffled_detection", "lookup_detection", "gain_over_lookup")
 _HEADLINE = {**HEADLINE, "simulation": TOP, "budget": SOURCE}  # scorer -> the negatives behind it where none are named
 _LED = ("detection", "fuzzing", "simulation")
@@ -275,18 +274,16 @@ def means_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def export(path: Path, out: Path, to: str, *, project: str | None = None) -> list[Path]:
-    """Write every table of a store into the folder `out`; return the files (for `wandb` the run's folder).
+    """Write every table of a store into the folder `out`, `to` parquet, jsonl or wandb; return the files (of wandb the run's folder).
 
     `wandb` logs one table per table, with the Parquet files as an artifact, beside the run that trained the cache's SAE;
     with WANDB_MODE=offline nothing leaves the machine until `wandb sync`.
 
-    Raises: UsageError for an unknown format or when there is no store.
+    Raises: UsageError when there is no store.
     """
     import pyarrow
     import pyarrow.parquet
 
-    if to not in FORMATS:
-        raise UsageError(f"{to!r} is no format for an export. {nearest(to, FORMATS)}")
     if not path.is_file():
         raise UsageError(f"{path} does not exist: run `sae-italian autointerp` on the cache first.")
     files, tables = [], {}

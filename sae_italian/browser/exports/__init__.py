@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from sae_italian.autointerp.choose import LOOKUP
 from sae_italian.autointerp.store import NOW
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, claimed, read_json, write_text
@@ -174,7 +174,6 @@ FORMS = {
         number=lambda facts, batch, first: cantor(facts["layer"], first),
     ),
 }
-FORMATS = (*FORMS, "wandb")
 
 
 def _write(folder: Path, to: str, latents: Latents, wanted: range, bar: Any) -> None:
@@ -255,13 +254,11 @@ def export(
 ) -> Export:
     """Write a cache's latents (first, last, inclusive; default all) into `out` in another tool's format.
 
-    `to` is one of FORMATS. `names` are `model`, `source_set`, `suffix`, `creator` and `creator_name` for Neuronpedia.
+    `to` is `wandb` or one of FORMS. `names` are `model`, `source_set`, `suffix`, `creator` and `creator_name` for Neuronpedia.
     `sae` and `model` fill what is read off the weights; without them these fields are empty and named in `lost`.
-    Raises: UsageError for another format, names that Neuronpedia refuses, latents that are not there, and a folder that
-    holds something else.
+    Raises: UsageError for names that Neuronpedia refuses, latents that are not there, and a folder that holds something
+    else.
     """
-    if to not in FORMATS:
-        raise UsageError(f"{to!r} is no format for an export. {nearest(to, FORMATS)}")
     out, manifest = Path(out), cache.manifest
     first, last = manifest.latent_bounds(latents)
     called, wanted = names_of(manifest, **(names or {})), range(first, last + 1)

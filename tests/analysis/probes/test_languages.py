@@ -56,8 +56,6 @@ def test_probabilities_are_shares_of_tokens_and_chance_is_below_what_is_there(to
     assert np.allclose(found.probability[0], active.float().mean(0).numpy(), atol=1e-3)
     assert (owners(found.probability) >= 0).sum() > 3 * sum(found.by_chance.values())
     assert "| cifre |" in found.table()
-    with pytest.raises(UsageError, match="give two languages or more"):
-        language_latents(topk_sae, mini, {"it": str(jsonl)})
 
 
 def test_documents_times_latents_are_never_held_whole(topk_sae, mini, jsonl):

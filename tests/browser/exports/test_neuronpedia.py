@@ -274,9 +274,7 @@ def test_names_that_neuronpedia_refuses_are_refused_before_anything_is_written(c
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_formats_latents_and_foreign_folders(cache, mini, tmp_path):
-    with pytest.raises(UsageError, match="neuronpedia"):
-        export(cache, mini.tokenizer, tmp_path / "out", "neuropedia")
+def test_unknown_latents_and_foreign_folders(cache, mini, tmp_path):
     with pytest.raises(UsageError, match="latents 0 to 255"):
         export(cache, mini.tokenizer, tmp_path / "out", "neuronpedia", latents=(0, 256))
     (tmp_path / "mine").mkdir()
