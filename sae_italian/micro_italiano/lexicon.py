@@ -264,11 +264,8 @@ def _pronoun_forms(kind: str, forms: list[str]) -> list[list[Token]]:
 
 
 def in_words(value: int) -> str:
-    """Return a number from 0 to 999 in words: 21 ventuno, 28 ventotto, 23 ventitré, 200 duecento."""
+    """Return a number from 0 to 99 in words: 21 ventuno, 28 ventotto, 23 ventitré."""
     units, all_tens = (_data("words.yaml")["numbers"][key].split() for key in ("units", "tens"))
-    if value >= 100:
-        head = "cento" if value < 200 else units[value // 100] + "cento"
-        return head + (in_words(value % 100) if value % 100 else "")
     if value < 20:
         return units[value]
     tens, unit = all_tens[value // 10 - 1], value % 10
