@@ -275,14 +275,9 @@ def _sparsify(folder: Path, device: str, overrides: Config) -> Found:
 def _llama_scope_config(folder: Path, device: str, overrides: Config) -> Config:
     """Return SAELens' config of an SAE of Llama Scope. Raises: UsageError for what its published SAEs do not have."""
     theirs = read_json(folder / "hyperparams.json")
-    if theirs.get("act_fn", "jumprelu") != "jumprelu":
-        raise UsageError(
-            f"{folder} has the activation {theirs['act_fn']!r}; Llama Scope's published SAEs have jumprelu."
-        )
-    if theirs.get("apply_decoder_bias_to_pre_encoder") or theirs.get("use_glu_encoder"):
-        raise UsageError(
-            f"{folder} subtracts the decoder bias or has a gated encoder; Llama Scope's published SAEs do not."
-        )
+    for key, known in _LLAMA_SCOPES.items():
+        if (said := theirs.get(key, known[0])) not in known:
+            raise UsageError(f"{folder} has {key} {said!r}; only {' or '.join(map(repr, known))} can be loaded.")
     hook_in, hook_out = theirs["hook_point_in"], theirs.get("hook_point_out") or theirs["hook_point_in"]
     metadata = {
         "model_name": "meta-llama/Llama-3.1-8B",
@@ -307,14 +302,21 @@ def _llama_scope(folder: Path, device: str, overrides: Config) -> Found:
     b_enc, b_dec = (tensors[f"{side}.bias"] for side in ("encoder", "decoder"))
     norms, root = theirs["dataset_average_activation_norm"], config["d_in"] ** 0.5
     scale_in, scale_out = root / norms["in"], root / norms.get("out", norms["in"])
-    if theirs.get("norm_activation", "dataset-wise") != "dataset-wise":
+    if theirs.get("norm_activation") == "inference":
         scale_in = scale_out = 1.0  # already folded
-    decoder_norm = W_dec.norm(dim=-1) if theirs.get("sparsity_include_decoder_norm", True) else 1.0
-    threshold = b_enc.new_ones(config["d_sae"]) * theirs["jump_relu_threshold"] * scale_out / decoder_norm
+    threshold = theirs["jump_relu_threshold"] * scale_out / W_dec.norm(dim=-1)
     decoder = {"W_dec": W_dec / scale_out, "b_dec": b_dec / scale_out}
     return config, {"W_enc": W_enc * scale_in, "b_enc": b_enc, **decoder, "threshold": threshold}
 
 
+# What the published SAEs have of each setting that decides the numbers; the first where a file does not say.
+_LLAMA_SCOPES = {
+    "act_fn": ("jumprelu",),
+    "apply_decoder_bias_to_pre_encoder": (False,),
+    "use_glu_encoder": (False,),
+    "sparsity_include_decoder_norm": (True,),
+    "norm_activation": ("dataset-wise", "inference"),
+}
 SAELENS_WEIGHTS = "sae_weights.safetensors"
 SPARSIFY = Format(("cfg.json", "sae.safetensors"), _sparsify, _sparsify_config)
 LLAMA_SCOPE = Format(("hyperparams.json", "checkpoints/final.safetensors"), _llama_scope, _llama_scope_config)

@@ -127,6 +127,8 @@ def llama_scope_hub(tmp_path, monkeypatch):
     for kind, hook_in, norm_in in (("R", "hook_resid_post", 3.0), ("TC", "ln2.hook_normalized", 8.0)):
         hook_out = "blocks.8.hook_resid_post" if kind == "R" else "blocks.8.hook_mlp_out"
         weights = llama_scope_weights(64, 256)
+        if kind == "TC":  # an SAE's decoder is of unit norm
+            weights["decoder.weight"] = weights["decoder.weight"] * torch.linspace(0.5, 2, 256)
         folder = tmp_path / kind / f"Llama3_1-8B-Base-L8{kind}-8x"
         norms = {"in": norm_in, "out": 3.0}
         write_llama_scope(folder, weights, f"blocks.8.{hook_in}", hook_out, dataset_average_activation_norm=norms)
@@ -162,6 +164,29 @@ def test_llama_scope_saes_by_saelens_loader_and_by_ours_are_one(llama_scope_hub,
     assert config["normalize_activations"] == "expected_average_only_in"
     assert torch.allclose(theirs["threshold"], ours["threshold"], rtol=1e-5)
     assert torch.allclose(theirs["W_enc"] * 8 / norm, ours["W_enc"], rtol=1e-5)
+
+
+def test_llama_scope_whose_scale_is_folded_in_reads_raw_activations(tmp_path):
+    weights, x = llama_scope_weights(64, 256), torch.randn(40, 64)
+    folder = write_llama_scope(tmp_path, weights, *2 * ["blocks.8.hook_resid_post"], norm_activation="inference")
+    assert_is(load_sae(folder), *llama_scope_forward(weights, x, 8.0, 8.0, 0.1), x)  # of norm sqrt(64) as it is
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("norm_activation", "token-wise"),  # each token's own factor: no weights can hold it
+        ("sparsity_include_decoder_norm", False),
+        ("apply_decoder_bias_to_pre_encoder", True),
+        ("use_glu_encoder", True),
+        ("act_fn", "topk"),
+    ],
+)
+def test_what_llama_scopes_published_saes_do_not_have_is_refused(tmp_path, key, value):
+    hooks = ["blocks.8.hook_resid_post"] * 2
+    folder = write_llama_scope(tmp_path, llama_scope_weights(16, 64), *hooks, **{key: value})
+    with pytest.raises(UsageError, match=f"has {key} {value!r}; only "):
+        load_sae(folder)
 
 
 def test_all_256_llama_scope_saes_are_known():
