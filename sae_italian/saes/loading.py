@@ -44,7 +44,11 @@ def _from_release(name: str, device: str) -> Any:
     from sae_lens import SAE  # takes seconds; a name that is not there is told before
 
     if place.release is None:
-        return _from_folder(snapshot(place.repo_id, place.path, place.revision), device)
+        folder, commit = snapshot(place.repo_id, place.path, place.revision)
+        sae = _from_folder(folder, device)
+        metadata = sae.cfg.metadata
+        metadata.revision, metadata.model_name = commit, metadata.model_name or place.model
+        return sae
     try:
         return SAE.from_pretrained(place.release, place.sae_id, device=device)
     except SaeItalianError:

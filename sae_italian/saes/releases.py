@@ -99,6 +99,7 @@ class Place(NamedTuple):
     repo_id: str
     path: str
     revision: str | None = None
+    model: str | None = None  # where our table or SAELens' says it
 
 
 def find_sae(name: str) -> Place:
@@ -115,24 +116,25 @@ def find_sae(name: str) -> Place:
     found = find_release(release)
     if sae_id not in found.saes:
         raise UsageError(f"release {release!r} has no SAE {sae_id!r}. {nearest(sae_id, found.saes)}")
-    return Place(None if revision else release, sae_id, found.repo_id, found.saes[sae_id], revision or None)
+    by_saelens = None if revision else release
+    return Place(by_saelens, sae_id, found.repo_id, found.saes[sae_id], revision or None, found.model)
 
 
-def snapshot(repo_id: str, path: str, revision: str | None = None, *, only: str = "", **how: Any) -> Path:
-    """Return the local folder of a published SAE, with all its files or `only` one, downloading what is not there.
+def snapshot(repo_id: str, path: str, revision: str | None = None, *, only: str = "", **how: Any) -> tuple[Path, str]:
+    """Return the local folder of a published SAE, with all its files or `only` one, and the commit it is of.
 
-    It lies in the hub's cache, in a folder named after the revision. Raises: UsageError that says what to do.
+    What is not there is downloaded. Raises: UsageError that says what to do.
     """
     from huggingface_hub import snapshot_download
 
     wanted = [f"{path}/{only or '*'}", "config.json"]  # the run's own config; not every repository has one
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, **how)) / path
+        whole = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, **how))
     except (OSError, ValueError) as error:
         raise explain(error, f"{repo_id}/{path}", revision, repo_id=repo_id) from error
-    if not (folder / only).exists():
+    if not (whole / path / only).exists():
         raise UsageError(f"{repo_id} has no folder {path!r}; see https://huggingface.co/{repo_id}/tree/main.")
-    return folder
+    return whole / path, whole.name  # the hub's cache names its folders so
 
 
 # --- loaders, as SAELens calls them -------------------------------------------------------------------------------------
@@ -159,14 +161,14 @@ def _load(
     """Return (config, state dict, None), or the config alone where not the `whole` is asked for."""
     repo_id, _, revision = repo_id.partition("@")
     only = "" if whole else form.files[0]
-    folder = snapshot(repo_id, folder_name, revision or None, only=only, force_download=force_download)
+    folder, commit = snapshot(repo_id, folder_name, revision or None, only=only, force_download=force_download)
     state: Any = None
     if whole:
         config, state = form.read(folder, device, cfg_overrides)
     else:
         config = form.config_of(folder, device, cfg_overrides or {})
     metadata = config["metadata"]
-    metadata |= {"repo_id": repo_id, "revision": folder.parents[folder_name.count("/")].name}
+    metadata |= {"repo_id": repo_id, "revision": commit}
     if not metadata.get("model_name"):
         metadata["model_name"] = next((r.model for r in releases().values() if r.repo_id == repo_id), None)
     return (config, state, None) if whole else config

@@ -37,6 +37,9 @@ def test_the_clic_it_release_is_exact_through_saelens_own_call(tmp_path, monkeyp
     (tmp_path / "run" / "config.json").write_text(
         json.dumps({"model": "sapienzanlp/Minerva-1B-base-v1.0", "ctx_len": 512})
     )
+    older, before = sparsify_weights(64, 64 * 32, seed=1), "0" * 40
+    write_sparsify(tmp_path / "before" / "layers.14", older, k)
+    put_in_cache(tmp_path / "hub", CLIC_IT, tmp_path / "before", before)
     put_in_cache(tmp_path / "hub", CLIC_IT, tmp_path / "run")
     use_cache(monkeypatch, tmp_path / "hub")
     sae = SAE.from_pretrained(CLIC_IT, "layers.14")
@@ -46,8 +49,19 @@ def test_the_clic_it_release_is_exact_through_saelens_own_call(tmp_path, monkeyp
     assert metadata.hook_name == "blocks.14.hook_resid_post" and metadata.hf_hook_name == "layers.14"
     assert metadata.model_name == "sapienzanlp/Minerva-1B-base-v1.0" and metadata.context_size == 512
     assert metadata.revision == REVISION and sae.cfg.k == k
-    assert_is(load_sae(f"{CLIC_IT}:layers.14"), *sparsify_forward(weights, k, x), x)
-    assert_is(load_sae(f"{CLIC_IT}:layers.14@{REVISION}"), *sparsify_forward(weights, k, x), x)
+    put_in_cache(tmp_path / "hub", "someone/elsewhere", tmp_path / "run")
+    for name, its, revision in (
+        (f"{CLIC_IT}:layers.14", weights, REVISION),
+        (f"{CLIC_IT}:layers.14@{before}", older, before),
+        ("someone/elsewhere:layers.14", weights, REVISION),
+    ):
+        found = load_sae(name)
+        assert_is(found, *sparsify_forward(its, k, x), x)
+        assert found.cfg.metadata.revision == revision, name
+        # whose files do not say it, where it is the older one
+        assert found.cfg.metadata.model_name == "sapienzanlp/Minerva-1B-base-v1.0"
+    with pytest.raises(UsageError, match="someone/elsewhere has no folder 'layers.77'; see https"):
+        load_sae("someone/elsewhere:layers.77")
 
 
 def test_saelens_own_converter_is_still_wrong(tmp_path):
@@ -229,6 +243,7 @@ def test_a_release_that_saelens_has_is_not_taken_over():
     [
         ("llama_scope_lxtc_9x:l0tc_9x", "Did you mean 'llama_scope_lxtc_8x'"),
         ("llama_scope_lxtc_8x:l99tc_8x", "has no SAE"),
+        (f"{CLIC_IT}:layers.99", "has no SAE 'layers.99'. Did you mean 'layers.9'"),
         (f"{CLIC_IT}:layers.14", "hf download alessandrobondielli/sae-Minerva-1B-32x"),
         ("someone/somewhere:layers.1", "hf download someone/somewhere"),
         ("nothing", "neither a folder nor"),
