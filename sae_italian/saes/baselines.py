@@ -36,7 +36,6 @@ FIT_TOKENS, ICA_TOKENS = 200_000, 20_000
 CALIBRATION_TOKENS = 131_072  # on which the random twin is made to fire as often as the SAE
 _LEAST = 2  # tokens per dimension
 _LATENTS = 128  # whose pre-activations on all calibration tokens are held at a time
-_EARLIER = ("random_twin_of", "baseline", "baseline_of", "top_k_of")  # metadata of its making
 Rows = Float[Tensor, "tokens d_in"]
 
 
@@ -70,7 +69,7 @@ def fit_baselines(
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"baseline {kind!r} is unknown. {nearest(kind, KINDS)}")
-    if getattr(sae.cfg, "d_out", sae.cfg.d_in) != sae.cfg.d_in or getattr(sae.cfg.metadata, "hook_name_out", None):
+    if sae.cfg.metadata.hook_name_out:
         raise UsageError("baselines decompose the activations of one hook; a transcoder has two. Give an SAE.")
     sample, mean, covariance = _read(activations, n_tokens, ica_tokens, sae.cfg.d_in, seed)
     k = k if k is not None else max(1, round(mean_l0(sae, sample)))
@@ -283,7 +282,7 @@ def _as_sae(directions: Directions, like: Any, name: str, k: int | None) -> Any:
     Metadata are those of `like` with `baseline` (the name) and `baseline_of` (the weights' hash of `like`).
     """
     metadata, n = copy.deepcopy(like.cfg.metadata), len(directions.decoder)
-    for key in _EARLIER:
+    for key in ("random_twin_of", "top_k_of"):  # of the making of `like`
         metadata.__dict__.pop(key, None)
     metadata.baseline, metadata.baseline_of, metadata.converged = name, weights_hash(like), directions.converged
     settings = {"apply_b_dec_to_input": True} | ({} if k is None else {"k": min(k, n)})

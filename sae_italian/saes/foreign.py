@@ -209,15 +209,12 @@ _SUBMODULE = re.compile(r"(resid|mlp|attn|attention)_?(?:post|out)?_?(?:layer_?)
 
 
 def _completed(config: Config, device: str, overrides: Config) -> Config:
-    """Return a config with what SAELens asks for; an override that is none of its fields goes to the metadata."""
+    """Return a config with what SAELens asks for."""
     from sae_lens import __version__
 
     shared = {"dtype": "float32", "normalize_activations": "none", "reshape_activations": "none", "device": device}
     more = {"prepend_bos": True, "model_class_name": "HookedTransformer", "sae_lens_version": __version__}
-    config = config | shared | {"metadata": {**config["metadata"], **more}}
-    for key, value in overrides.items():
-        (config if key in config else config["metadata"])[key] = value
-    return config
+    return config | shared | {"metadata": config["metadata"] | more} | overrides
 
 
 def _sparsify_config(folder: Path, device: str, overrides: Config) -> Config:

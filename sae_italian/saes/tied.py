@@ -63,13 +63,9 @@ class TiedTrainingSAE(TrainingSAE[TiedTrainingSAEConfig]):
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """ReLU carries a factor through, so only the biases change and the weights stay tied and of unit norm."""
+        """ReLU carries a factor through, so only b_enc changes and the weights stay tied and of unit norm."""
         self.b_enc.data /= scaling_factor
-        self.b_dec.data /= scaling_factor
         self.cfg.normalize_activations = "none"
-
-    def fold_W_dec_norm(self) -> None:
-        """The norm of W_dec is no part of the function."""
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         """Write both matrices, as SAELens' StandardSAE reads them."""

@@ -9,6 +9,7 @@ from sae_lens import SAE, StandardSAE, TopKSAE
 from sae_italian.base.errors import UsageError
 from sae_italian.saes.baselines import KINDS, fit_baselines, with_top_k
 from sae_italian.saes.fit import mean_l0
+from sae_italian.saes.loading import weights_hash
 from tests.conftest import described
 
 D_IN = 16
@@ -119,7 +120,8 @@ def test_top_k_is_at_the_saes_own_l0(sae, gaussian):
         assert type(baseline) is (TopKSAE if name.endswith("topk") else StandardSAE)
         if name.endswith("topk"):
             assert baseline.cfg.k == round(mean_l0(sae, gaussian)), name
-    assert fit_baselines(gaussian, sae, ["pca"], k=5)["pca-topk"].cfg.k == 5
+    for asked, k in ((5, 5), (50, D_IN)):  # of all the latents there are, where k is more
+        assert fit_baselines(gaussian, sae, ["identity"], k=asked)["identity-topk"].cfg.k == k
 
 
 def test_they_are_saved_and_read_as_plain_saelens_with_the_saes_place(sae, gaussian, tmp_path):
@@ -145,6 +147,8 @@ def test_with_top_k_keeps_the_function_of_what_it_keeps(sae, gaussian):
     scaled = copy.deepcopy(sae)
     scaled.W_dec.data *= torch.linspace(0.5, 2, 40)[:, None]
     assert mean_l0(with_top_k(sae, 1), gaussian) == 1
+    assert kept.cfg.metadata.top_k_of == weights_hash(sae) and sae.cfg.metadata.top_k_of is None
+    assert fit_baselines(gaussian, kept, ["pca"])["pca"].cfg.metadata.top_k_of is None  # PCA is not made of it
     pca = fit_baselines(gaussian, sae, ["pca"])["pca"]
     assert torch.allclose(with_top_k(pca, 2 * D_IN)(gaussian), gaussian, atol=1e-3)
     strongest = (sae.W_enc.norm(dim=0) - sae.W_dec.norm(dim=-1)).abs().max()

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sae_lens import SAE
 
 from sae_italian.base.errors import UsageError
 from sae_italian.evaluation.diagnosis import held_out_activations
-from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
+from sae_italian.saes.baselines import CALIBRATION_TOKENS, _cutoff, random_twin
 from sae_italian.saes.fit import firing_counts
 from sae_italian.saes.loading import load_sae
 from sae_italian.training import load_spec, train
@@ -72,6 +73,13 @@ def test_on_the_calibration_each_latent_fires_exactly_as_often(architecture, row
     off = firing_counts(twin, rows[0]) - firing_counts(sae, rows[0])
     # tokens whose activations are equal (a first word that many documents have) fire together
     assert off[:2].tolist() == [0, 0] and off.abs().max() <= 0.001 * TOKENS
+
+
+@pytest.mark.parametrize("count", range(11))
+def test_so_many_values_lie_above_the_cutoff(count):
+    values = np.random.default_rng(0).permutation(10.0 + np.arange(10))
+    assert (values > _cutoff(values, count)).sum() == count
+    assert _cutoff(values, 0) > 20  # so that on other tokens too none is above it
 
 
 def test_a_top_k_needs_no_activations_and_others_say_so(topk_sae, rows):

@@ -98,10 +98,13 @@ def test_any_sparsify_or_delphi_folder_from_disk(tmp_path, hookpoint, hook_name)
         load_sae(folder.parent)
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_sparsify_transcoders(tmp_path, skip):
+@pytest.mark.parametrize(
+    ("skip", "said_by"), [(False, "transcode"), (True, "transcode"), (True, "skip_connection"), (False, "run")]
+)
+def test_sparsify_transcoders(tmp_path, skip, said_by):
     weights = sparsify_weights(16, 64, skip=skip)
-    folder = write_sparsify(tmp_path / "layers.3.mlp", weights, 4, transcode=True)
+    folder = write_sparsify(tmp_path / "run" / "layers.3.mlp", weights, 4, transcode=said_by == "transcode")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"transcode": said_by == "run"}))
     sae, x = load_sae(folder), torch.randn(20, 16)
     assert_is(sae, *sparsify_forward(weights, 4, x, transcode=True), x)
     assert sae.cfg.metadata.hook_name == "blocks.3.mlp.hook_in"

@@ -49,6 +49,12 @@ def test_loss_and_gradients_are_theirs_times_d_in(sae):
     assert sae.b_dec.grad is None and {name for name, _ in sae.named_parameters()} == {"W_dec", "b_enc", "b_dec"}
 
 
+def test_the_penalty_warms_up_as_its_config_says():
+    config = TiedTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, l1_coefficient=3.0, l1_warm_up_steps=7)
+    (l1,) = TrainingSAE.from_dict(config.to_dict()).get_coefficients().values()
+    assert (l1.value, l1.warm_up_steps) == (3.0, 7)
+
+
 def test_an_orthonormal_dictionary_reconstructs_what_is_positive_in_it(sae):
     """With W = I on the first d_in rows, far negative biases on the others and b = 0, x^ = ReLU(x)."""
     with torch.no_grad():

@@ -225,6 +225,8 @@ def test_k_falls_linearly_from_d_in_to_k():
     assert ks(4096, 50, 39_062, steps) == [4096, 3084, 2073, 50, 50, 50]
     assert ks(64, 50, 0, (0, 3)) == [50, 50]
     assert ks(32, 50, 50, (3,)) == [50], "it never starts below k"
+    narrow: Any = SimpleNamespace(d_in=64, d_sae=32, k=4, k_anneal_steps=10)
+    assert annealed_k(0, narrow) == 32, "it has no more latents"
     falling = ks(128, 8, 30, range(40))
     assert falling == sorted(falling, reverse=True) and falling[29] > 8 and falling[30] == 8
 
