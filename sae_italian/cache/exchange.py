@@ -73,7 +73,7 @@ def export_delphi(
     first, last = manifest.latent_bounds(latents)
     share = manifest.nnz * (last - first + 1) // manifest.d_sae
     default = min(last - first + 1, max(MIN_SPLITS, -(-share // NON_ZEROS_PER_SPLIT)))
-    bounds = split_bounds(first, last, n_splits or default)
+    bounds = split_bounds(first, last, default if n_splits is None else n_splits)
     folder = path_of(out) / (hookpoint or _spelled(manifest.hook_name, "llama_path"))
     spec = {"manifest": manifest.identity(), "latents": [first, last], "splits": bounds}
     with claimed(folder, "Delphi export", spec, resume=resume, overwrite=overwrite):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from safetensors.numpy import load_file, save, save_file
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest
-from sae_italian.cache.exchange import export_delphi, find_splits, import_delphi, split_bounds
+from sae_italian.cache.exchange import _split, export_delphi, find_splits, import_delphi, split_bounds
 from sae_italian.cache.shards import spans_by_prefixes
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
+from tests.cache.made import made_cache
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,26 @@ def test_ranges_of_latents_with_nothing_in_them(cache, small_cache, tmp_path):
     split = load_file(file)
     assert split["locations"].shape == (0, 3) and split["locations"].dtype == np.uint16
     assert split["activations"].shape == (0,) and split["activations"].dtype == np.float16
+
+
+def test_what_delphi_does_not_keep_is_left_out_and_what_fp16_cannot_hold_is_its_largest_number(tmp_path):
+    acts = np.zeros((2, 4, 3), np.float32)
+    acts[0, 1], acts[1, 2, 0] = [1e6, 5e-6, 2], 1
+    made_cache(tmp_path / "c", acts, np.zeros((2, 4), int), np.ones((2, 4), int), per_shard=1)
+    split = load_file(export_delphi(tmp_path / "c", tmp_path / "one", n_splits=1) / "0_2.safetensors")
+    assert split["locations"].tolist() == [[0, 1, 0], [0, 1, 2], [1, 2, 0]]
+    assert split["activations"].tolist() == [65504, 2, 1]
+    folder = export_delphi(tmp_path / "c", tmp_path / "more")  # five, or as many as there are latents
+    assert json.loads((folder / "config.json").read_text())["n_splits"] == len([*folder.glob("*_*.safetensors")]) == 3
+    with pytest.raises(UsageError, match="splits=0: 3 latents"):
+        export_delphi(tmp_path / "c", tmp_path / "none", n_splits=0)
+
+
+def test_places_beyond_65535_are_written_in_full():
+    entries = [(0, np.array([0, 2]), np.array([65_535, 65_536]), np.ones(2, np.float32))]
+    facts = {"manifest": SimpleNamespace(context_size=1), "tokens": np.zeros(65_537, int)}
+    found = _split(SimpleNamespace(entries=lambda *_: entries, **facts), 0, 0)  # pyright: ignore[reportArgumentType]
+    assert found["locations"].tolist() == [[65_535, 0, 0], [65_536, 0, 0]]
 
 
 def test_the_division_is_delphis():
@@ -218,6 +240,8 @@ def first_is(value: float):
         (put("locations", lambda a: a[:-1]), "do not fit"),
         (put("locations", lambda a: a[:, :2]), "do not fit"),
         (put("locations", lambda a: a + np.uint16(300)), "beyond 313 windows of 128 tokens and 85 latents"),
+        (put("locations", lambda a: np.append(a[:-1], [[312, 127, 85]], axis=0)), "reach .* and 85 latents"),
+        (put("locations", lambda a: a.astype(np.int32) - 1), "locations reach"),
         (put("tokens", lambda a: a + 1), "tokens differ from those of 0_84.safetensors"),
         (put("activations", first_is(np.nan)), "1 activations are NaN"),
         (put("locations", lambda a: a[::-1]), "not in the order of the text"),
@@ -258,6 +282,7 @@ def test_a_file_of_another_name_is_no_split(tmp_path, name):
         ("{", "config.json cannot be read as JSON"),
         ('{"cache_ctx_len": 128}', "config.json is damaged: an object with model_name"),
         ('{"model_name": "x", "cache_ctx_len": 256}', "says a context of 256, the splits have 128"),
+        ('{"model_name": "x", "ctx_len": 256}', "says a context of 256, the splits have 128"),
     ],
 )
 def test_a_config_that_does_not_fit(exported, tmp_path, content, message):
