@@ -250,18 +250,10 @@ class FeatureCache:
     @cached_property
     def table(self) -> Any:
         """The statistics as a pyarrow table, row i for latent i (see cache/stats.py for the columns)."""
-        import pyarrow as pa
         import pyarrow.parquet
 
-        if STATS in self._digests:
-            layout.check_file(self.folder / STATS, self._digests[STATS])
-        try:
-            table = pyarrow.parquet.read_table(self.folder / STATS).combine_chunks()
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{self.folder / STATS} cannot be read ({error}). Build the cache again.") from error
-        if len(table) != self.manifest.d_sae:
-            raise DataError(f"{self.folder / STATS} has {len(table)} rows, {self.manifest.d_sae} were expected.")
-        return table
+        layout.check_file(self.folder / STATS, self.manifest.stats_sha256)
+        return pyarrow.parquet.read_table(self.folder / STATS).combine_chunks()
 
     @cached_property
     def statistics(self) -> dict[str, np.ndarray]:

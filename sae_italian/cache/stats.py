@@ -183,7 +183,7 @@ def _token_columns(entries: Entries, text: TextCounts, total: Float[np.ndarray, 
     n_tokens, token = np.diff(by_token.indptr), by_token.indices.astype(np.int64)
     owner = np.repeat(np.arange(n), n_tokens)
     share = by_token.data / total[owner]
-    order = np.lexsort((token, -share, owner))
+    order = np.lexsort((-share, owner))  # which keeps the order of equals, the tokens'
     owner, token, share = owner[order], token[order], share[order]
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(n_tokens) - n_tokens, n_tokens)
     top = rank < TOP_TOKENS

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest, build_cache, build_caches, layout, shards
 from sae_italian.cache import build as build_module
 from sae_italian.cache.exchange import export_delphi, export_rows, import_delphi
 from sae_italian.cli import main
-from sae_italian.corpora import iter_documents
+from sae_italian.corpora import PackedBlock, TextDocument, iter_documents
 from sae_italian.corpora.packing import NO_DOCUMENT
 from tests import fresh
 from tests.cache.test_cache import digests
@@ -135,6 +136,10 @@ def test_a_row_without_text_a_short_corpus_and_folders_that_do_not_fit(mini, tmp
         build_cache(topk(1), mini, "micro-italiano", tmp_path / "c", n_tokens=None)
     with pytest.raises(UsageError, match="different folders"):
         build_caches([topk(1), topk(2)], mini, "micro-italiano", [tmp_path / "d"] * 2, n_tokens=100)
+    shorter, folders = topk(2), [tmp_path / "d", tmp_path / "e"]
+    shorter.cfg.metadata.context_size = 64
+    with pytest.raises(UsageError, match=r"contexts of \[64, 128\] tokens; choose"):
+        build_caches([topk(1), shorter], mini, "micro-italiano", folders, n_tokens=100)
 
 
 def test_several_caches_are_all_looked_at_before_the_first_is_replaced(mini, alone, tmp_path):
@@ -176,6 +181,8 @@ def test_an_sae_that_gives_nan_is_refused(mini, tmp_path):
 
 def test_another_k_is_another_sae(mini, alone):
     other = topk(1)
+    other.cfg.device = "cuda"  # where it is does not make it another
+    FeatureCache.open(alone, sae=other)
     other.cfg.k = 5
     with pytest.raises(UsageError, match="configuration differs"):
         FeatureCache.open(alone, sae=other)
@@ -188,7 +195,57 @@ def test_values_beyond_and_below_fp16(tmp_path):
     arrays = layout.halves(value)
     assert arrays["wide_at"].tolist() == [3, 4] and arrays["wide_value"].tolist() == value[3:].tolist()
     assert (arrays["value"] > 0).all() and np.isfinite(arrays["value"]).all()
+    for here in (slice(0, 5), slice(1, 4), slice(4, 5)):
+        whole = np.maximum(value, layout.FP16_TINY)[here]
+        assert layout.full_values(arrays, here.start, here.stop).tolist() == whole.tolist()
     assert layout.smallest_uint(2**32 - 1) is np.uint32 and layout.smallest_uint(2**32) is np.uint64
+
+
+def test_tokens_are_shared_again_after_a_kill_and_copied_where_a_disk_has_no_links(alone, tmp_path, monkeypatch):
+    whole, out, file = Manifest.load(alone), tmp_path / "c", "tokens/00000.safetensors"
+    out.mkdir()
+
+    def shared() -> Manifest:
+        manifest = whole.model_copy(update={"tokens_complete": False, "shards": []})
+        shards.share_tokens(alone, whole.shards, out, manifest)
+        assert manifest.tokens_complete and {(shard.nnz, *shard.sha256) for shard in manifest.shards[:1]} == {(0, file)}
+        return manifest
+
+    assert shared().shards == shared().shards and (out / file).samefile(alone / file)
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(shards.os, "link", no_links)
+    shared()
+    assert not (out / file).samefile(alone / file) and (out / file).read_bytes() == (alone / file).read_bytes()
+
+
+def test_tokens_of_a_large_vocabulary_and_half_characters_are_kept(tmp_path):
+    import numpy as np
+
+    ones = np.ones((1, 2), int)
+    block = PackedBlock(np.array([[70_000, 1]]), 0 * ones, 0 * ones, ones, [TextDocument("a\ud800", "1", "")], 0)
+    shards.write_token_shard(tmp_path, 0, block)
+    arrays = layout.map_arrays(tmp_path / "tokens/00000.safetensors")
+    assert arrays["tokens"].tolist() == [[70_000, 1]]
+    assert arrays["text"].tobytes().decode("utf-8", "surrogatepass") == "a\ud800"
+
+
+def test_what_is_not_positive_is_no_activation():
+    import numpy as np
+
+    found = shards._positive(torch.tensor([[-1.0, 0, 2], [3, 0, 0]]), np.array([False, True]))
+    assert (found.counts.tolist(), found.latent.tolist(), found.value.tolist()) == ([1, 0], [2], [2])
+
+
+def test_an_error_of_the_disk_that_safetensors_tells_is_one(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(layout, "save_file", full)
+    with pytest.raises(OSError, match="a.safetensors cannot be written: I/O error: No space left"):
+        layout.write_arrays(tmp_path, "a.safetensors", {})
 
 
 def test_the_commands(mini, alone, tmp_path, capsys):

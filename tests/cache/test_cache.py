@@ -208,10 +208,19 @@ def test_another_cache_in_the_folder_is_refused(small_cache, mini, trained_sae, 
     assert digests(small_cache) == before
 
 
-def test_opening_with_another_sae_or_tokenizer_is_refused(small_cache, topk_sae, mini, trained_sae):
+def test_opening_with_another_sae_or_tokenizer_is_refused(small_cache, mini, trained_sae):
     FeatureCache.open(small_cache, sae=load_sae(trained_sae), tokenizer=mini.tokenizer, check=True)
-    with pytest.raises(UsageError, match="another SAE"):
-        FeatureCache.open(small_cache, sae=topk_sae)
+    for change, said in (
+        (lambda sae: sae.W_enc.data.mul_(2), "weights hash differs"),
+        (
+            lambda sae: setattr(sae.cfg.metadata, "hook_name", "blocks.2.hook_mlp_out"),
+            "hook_name is 'blocks.2.hook_mlp_out'",
+        ),
+    ):
+        other = load_sae(trained_sae)
+        change(other)
+        with pytest.raises(UsageError, match=f"built with another SAE .*; its {said}"):
+            FeatureCache.open(small_cache, sae=other)
     from tests.corpora.test_packing import TOKENIZERS
 
     with pytest.raises(UsageError, match="another tokenizer"):
@@ -260,6 +269,7 @@ def test_a_truncated_file_is_named_when_it_is_read(small_cache, tmp_path):
 )
 def test_changed_bytes_are_refused_when_they_are_first_read(small_cache, tmp_path, file, read):
     folder = copied(small_cache, tmp_path)
+    read(FeatureCache.open(folder))
     content = bytearray((folder / file).read_bytes())
     content[-len(content) // 3] ^= 255
     (folder / file).write_bytes(content)
@@ -328,6 +338,10 @@ CHANGED = [
     ({"context_size": "lots"}, "context_size: "),
     ({"windows_per_shard": 7}, "a shard before the last does not have 7 windows"),
     ({"ranges": []}, "its ranges do not hold"),
+    (
+        {"complete": False, "shards": [{"index": 1, "n_windows": 1, "n_documents": 1, "sha256": {}}]},
+        "its shards are not numbered",
+    ),
     ({"shards": "none"}, "shards: "),
     (
         {"complete": False, "shards": [{"index": 0, "n_windows": 1, "n_documents": 1, "sha256": {"[" * 999: ""}}]},
@@ -347,6 +361,14 @@ def test_a_manifest_that_cannot_be_read(small_cache, tmp_path, content, said):
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="not a feature cache"):
         FeatureCache.open(tmp_path / "nowhere")
+
+
+def test_a_manifest_of_another_context_than_its_files(small_cache, tmp_path):
+    folder = copied(small_cache, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"context_size": 64}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="00000.safetensors does not hold 6,400 tokens"):
+        FeatureCache.open(folder)
 
 
 def test_values_beyond_fp16_are_kept_and_counted(mini, topk_sae, tmp_path):

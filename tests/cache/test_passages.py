@@ -7,7 +7,7 @@ import pytest
 
 from sae_italian.base.errors import UsageError
 from sae_italian.cache import FeatureCache, stats
-from sae_italian.cache.passages import contents, segment_starts
+from sae_italian.cache.passages import LatentActivations, contents, segment_starts
 from sae_italian.cache.shards import run_starts
 from sae_italian.corpora.packing import NO_DOCUMENT
 from tests.cache.made import made_cache
@@ -72,6 +72,14 @@ def test_passages_that_say_the_same_are_one_and_a_token_more_or_less_is_another(
     assert cache.latent(2).windows("top", 2, width=3).start.tolist() == [1, 4]
 
 
+def test_text_that_repeats_itself_does_not_hide_the_rest(tmp_path):
+    """The forty strongest windows say the same: more of the activations are looked at than the first few."""
+    acts, tokens = np.zeros((41, 4, 1), np.float32), np.ones((41, 4), int)
+    acts[:40, 1], acts[40, 1], tokens[40] = 2, 1, 2
+    repeating = made_cache(tmp_path / "c", acts, np.arange(41)[:, None] + np.zeros((1, 4), int), tokens, 50)
+    assert repeating.latent(0).windows("top", 2, width=4).maximum.tolist() == [2, 1]
+
+
 def test_parts_of_the_maxima_are_drawn_from_in_turn_and_nothing_twice(cache):
     each = cache.latent(2).windows("quantiles", 4, width=3, bins=4)
     assert each.start.tolist() == [1, 4, 9]  # the second part's only segment says what the first's does
@@ -87,6 +95,8 @@ def test_a_seed_draws_the_same_and_none_is_the_seed_nought(cache):
     draws = [latent.windows("random", 3, width=3, seed=seed).start.tolist() for seed in range(6)]
     assert latent.windows("random", 3, width=3).start.tolist() == draws[0]
     assert len({tuple(draw) for draw in draws}) > 1
+    other = LatentActivations(cache, 3, *latent)  # each latent draws its own
+    assert [other.windows("random", 3, width=3, seed=seed).start.tolist() for seed in range(6)] != draws
     assert all(set(draw) <= {1, 4, 7, 9, 12, 15, 17, 19, 22} for draw in draws)
 
 
@@ -105,6 +115,7 @@ def test_first_tokens_are_those_of_a_window_and_those_after_a_special_token(cach
     assert row["position_profile"] == [0.25, 0.5, 0, 0, 0, 0, 0, 0, 0.25, 0]
     first = cache.latent(1).statistics
     assert (first["n_documents"], first["n_windows"], first["first_token_share"]) == (3, 3, 0)
+    assert cache.latent(0).statistics["quantiles"] == [0] * 5  # it never fires
     assert run_starts(np.array([[0, 0, 1], [N, 1, 1]])).tolist() == [[0, 0, 2], [0, 1, 1]]
 
 
@@ -117,6 +128,11 @@ def test_latents_that_fire_together_are_the_same_in_blocks_of_any_size(cache, mo
     monkeypatch.setattr(stats, "SAMPLE", 21)  # all of each latent's own, a latent at a time
     monkeypatch.setattr(stats, "GATHERED", 1)
     assert whole == stats.cofiring_neighbours(cache, item, counts)
+    monkeypatch.setattr(stats, "SAMPLE", 3)  # evenly spaced: 2 5 18 of latent 1, 1 9 17 of latent 4
+    ids, shares = (column.to_pylist() for column in stats.cofiring_neighbours(cache, item, counts).values())
+    assert ids[1] == [4] and ids[4] == [3]
+    # one in three of 21 would be 7, but latent 3 fires four times
+    assert (shares[1], shares[4]) == (pytest.approx([6 / 21]), pytest.approx([4 / 21]))
 
 
 def test_a_latents_picture_says_what_its_axes_are(cache):
