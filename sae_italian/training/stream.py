@@ -88,17 +88,17 @@ class ActivationStream:
 
     def _read(self) -> Rows | None:
         """Return the activations of the next blocks of windows, one for each process; None when the corpus has ended."""
-        while blocks := [
+        blocks = [
             (windows, self._kept(windows), self.windows.place[0])
             for windows in islice(self.windows, self.processes.world)
-        ]:
-            sizes, mine = [int(keep.sum()) for _, keep, _ in blocks], self.processes.rank
-            if any(sizes):
-                has_one = mine < len(blocks) and sizes[mine]
-                rows = self._rows(*blocks[mine], back=len(blocks) - mine) if has_one else self.buffer[:, :0]
-                self.n_tokens += sum(sizes)
-                return self.processes.gathered(rows, sizes)
-        return None
+        ]
+        if not blocks:
+            return None
+        sizes, mine = [int(keep.sum()) for _, keep, _ in blocks], self.processes.rank
+        has_one = mine < len(blocks) and sizes[mine]
+        rows = self._rows(*blocks[mine], back=len(blocks) - mine) if has_one else self.buffer[:, :0]
+        self.n_tokens += sum(sizes)
+        return self.processes.gathered(rows, sizes)
 
     def _rows(self, windows: Windows, keep: Kept, after: Any, back: int) -> Rows:
         """Return the activations of the block read as the so many-th last; `after`: where the next one starts."""
@@ -121,10 +121,7 @@ class ActivationStream:
         return keep & ~np.isin(windows, list(self.exclude_special_tokens or ()))
 
     def _refuse_not_finite(self, rows: Rows, kept: Tensor, windows: Windows, n: int) -> None:
-        bad = (~torch.isfinite(rows)).any(-1).nonzero()
-        if len(bad) == 0:
-            return  # the sum alone was too large
-        hook, row = bad[0].tolist()
+        hook, row = (~torch.isfinite(rows)).any(-1).nonzero()[0].tolist()
         window, position = divmod(int(kept.flatten().nonzero()[row]), kept.shape[1])
         number = n * self.windows.windows_per_block + window
         raise UsageError(

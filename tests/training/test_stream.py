@@ -65,6 +65,7 @@ def test_a_corpus_is_read_again_when_it_ends_unless_told_otherwise(mini, tmp_pat
     for _ in range(40):
         next(again)
     once = stream(mini, tmp_path / "a.txt", repeat=False)
+    assert len(stream(mini, tmp_path / "a.txt", repeat=False, buffer_tokens=1024).sample(once.hook_names[0])) == 689
     served = []
     with pytest.raises(UsageError, match="the corpus ended after 689 tokens"):
         for _ in range(40):
@@ -82,7 +83,7 @@ def test_a_stream_saved_at_the_end_of_its_corpus_goes_on_when_asked_to_repeat(mi
     once = stream(mini, tmp_path / "a.txt", repeat=False)
     for _ in range(9):
         next(once)
-    assert once.ended
+    assert once.ended and (once.order.diff() < 0).any()  # what is left comes in an order drawn anew
     once.save(tmp_path)
     expected = [next(once) for _ in range(2)]
     goes_on, ends = (stream(mini, tmp_path / "a.txt", repeat=repeat) for repeat in (True, False))
@@ -91,6 +92,10 @@ def test_a_stream_saved_at_the_end_of_its_corpus_goes_on_when_asked_to_repeat(mi
     assert all(torch.equal(next(ends), batch) for batch in expected)
     with pytest.raises(UsageError, match="ended after 689"):
         next(ends)
+    ends.load(tmp_path)
+    ends.processes = SimpleNamespace(world=65)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(UsageError, match="ended after 689"):
+        next(ends)  # 64 rows, of which one would get none
     assert all(len(next(goes_on)) == 64 for batch in range(20))
 
 
@@ -146,6 +151,8 @@ def test_the_buffer_is_of_the_size_asked_for_and_allocated_once(mini, jsonl):
     for _ in range(10):
         assert next(source).shape == (300, mini.config.hidden_size)
     assert source.buffer.data_ptr() == before and source.buffer.shape == (1, 500, mini.config.hidden_size)
+    halves = stream(mini, jsonl)
+    assert len(next(halves)) == 64 and len(halves.order) == 512 // 2 - 64  # to be served before the next permutation
     with pytest.raises(UsageError, match="buffer_tokens is 100, less than one batch of 300"):
         stream(mini, jsonl, buffer_tokens=100, batch_size=300)
 
@@ -184,6 +191,8 @@ def at(tokens, positions):
 def test_a_slice_that_keeps_nothing_is_refused(mini, jsonl):
     with pytest.raises(UsageError, match="keeps no position of a window of 32 tokens"):
         stream(mini, jsonl, seqpos_slice=(40, 50))
+    with pytest.raises(UsageError, match=r"it must be \[stop\] or \[start, stop, step\]"):
+        stream(mini, jsonl, seqpos_slice=("a", 50))
 
 
 def test_bfloat16_stays_bfloat16(jsonl):
@@ -241,10 +250,11 @@ def test_reading_ahead_changes_nothing_and_a_corpus_is_resumed_at_its_place(mini
 def test_activations_that_are_not_finite_are_named(mini, jsonl):
     broken = copy.deepcopy(mini)
     broken.tokenizer = mini.tokenizer
-    first = next(pack(iter_documents(jsonl), mini.tokenizer, 32, windows_per_block=4)).tokens
+    tokens = next(pack(iter_documents(jsonl), mini.tokenizer, 32, windows_per_block=32)).tokens
+    later = next(token for token in tokens[4:].flatten() if token not in tokens[:4])  # than the first block
     with torch.no_grad():
-        broken.model.embed_tokens.weight[first[2, 7]] = float("nan")
-    window = int((first == first[2, 7]).any(axis=1).nonzero()[0][0])
+        broken.model.embed_tokens.weight[later] = float("nan")
+    window = int((tokens == later).any(axis=1).nonzero()[0][0])
     with pytest.raises(UsageError, match=f"'blocks.1.hook_resid_post' are not finite: window {window} .*float32"):
         next(stream(broken, jsonl))
 
