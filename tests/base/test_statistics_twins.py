@@ -114,6 +114,7 @@ def test_a_document_in_two_parts_counts_as_in_one():
     whole, parts = (StreamingBootstrap(1, n_samples=50) for _ in range(2))
     whole.add_sums(np.array([3, 8]), np.array([[5.0], [2.0]]))
     parts.add_sums(np.array([3]), np.array([[1.0]]))
+    parts.add_sums(np.empty(0, int), np.empty((0, 1)))
     parts.add_sums(np.array([3, 8]), np.array([[4.0], [2.0]]))
     assert parts.n_clusters == whole.n_clusters == 2
     assert (whole.total == parts.total).all() and (whole.resampled == parts.resampled).all()

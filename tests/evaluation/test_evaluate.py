@@ -209,6 +209,7 @@ def test_the_card_is_saved_and_read_back(trained_sae, mini, tmp_path):
     text = (tmp_path / "card.md").read_text()
     assert "| Explained variance, centred (SAELens) | 0." in text and "`explained_variance_uncentred`" in text
     assert f"| Dead latents in 100,000 tokens | - | only {card.n_tokens:,} tokens seen |" in text
+    assert "Losses and KL on" not in text
     assert (tmp_path / "density.svg").read_text().count("<path") > 20
     again = read_card(tmp_path)
     assert again is not None and again.markdown() == card.markdown() and plain(again) == plain(card)
@@ -224,6 +225,7 @@ def test_losses_on_the_first_tokens_only(trained_sae, mini):
     short = evaluate(sae, mini, "micro-italiano", n_tokens=1000)
     long = evaluate(sae, mini, "micro-italiano", n_tokens=4000, loss_tokens=short.n_loss_tokens)
     assert long.n_loss_tokens == short.n_tokens < long.n_tokens
+    assert f"Losses and KL on the first {short.n_tokens:,}." in long.markdown()
     assert long.ce_loss == short.ce_loss and long.kl_recovered == short.kl_recovered
     assert long.explained_variance != short.explained_variance
 
@@ -332,6 +334,9 @@ def test_a_corpus_too_short_for_the_tokens_asked(topk_sae, mini, jsonl, tmp_path
     short.write_text("".join(jsonl.read_text(encoding="utf-8").splitlines(keepends=True)[:20]), encoding="utf-8")
     with pytest.raises(UsageError, match="has about .* fewer than the 9,000,000"):
         evaluate(topk_sae, mini, str(short), split="all", n_tokens=9_000_000)
+    short.write_text('{"text": "Il sole."}')
+    with pytest.raises(UsageError, match="has about 0 tokens"):
+        evaluate(topk_sae, mini, str(short), split="all", n_tokens=100, at_most=True)
 
 
 def test_a_context_longer_than_the_models(topk_sae, mini):

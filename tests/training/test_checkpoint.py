@@ -1,5 +1,6 @@
 import contextlib
 import resource
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -111,10 +112,23 @@ def test_only_the_last_is_kept_and_read(tmp_path):
     assert not loop_of(tmp_path).resume()
     (tmp_path / "checkpoints" / "²").rmdir()
     for n in (9, 10, 100):
-        loop_of(tmp_path, n).save()
+        loop = loop_of(tmp_path, n)
+        loop.save()
+        assert 0 <= time.monotonic() - loop.saved_at < 60  # from when the minutes to the next are counted
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["100"]
     read = []
     assert loop_of(tmp_path, read=read.append).resume() and read == [tmp_path / "checkpoints" / "100" / "sae"]
+
+
+def test_a_signal_before_the_first_step_and_a_second_one_stop_at_once(tmp_path):
+    loop = loop_of(tmp_path)
+    loop.first.n_steps = 0
+    with pytest.raises(KeyboardInterrupt, match="no step was done yet; --resume starts"):
+        loop._ask_to_stop(2, None)
+    loop.first.n_steps = 1
+    loop._ask_to_stop(2, None)  # saves after the step
+    with pytest.raises(KeyboardInterrupt, match="at once; --resume continues from the last checkpoint"):
+        loop._ask_to_stop(2, None)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):

@@ -126,6 +126,12 @@ def test_what_the_stock_runner_cannot_do_is_refused(given, message, own_cache, j
         load_config(*[word.replace("HERE", str(tmp_path)).replace("JSONL", str(jsonl)) for word in given])
 
 
+def test_text_for_the_stock_runner_that_would_fill_the_disk_is_not_written(own_cache, monkeypatch):
+    monkeypatch.setattr("sae_italian.training.text.room_on", lambda _: 15_000_000)
+    with pytest.raises(UsageError, match="up to twice 0 GB; the disk of .* Lower it"):  # 8.3 MB: `datasets` copies it
+        load_config("mini/topk", "training_tokens=1M", "buffer_tokens=4096", "train_batch_size_tokens=1024")
+
+
 def test_the_stock_runner_gets_our_documents_and_no_held_out_one(own_cache, tmp_path):
     """Of a file of paragraphs, and of a column of another name: each training document once, in order."""
     from datasets import load_dataset
