@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sae_italian.base.errors import UsageError
-from sae_italian.cache import FeatureCache, stats
+from sae_italian.cache import FeatureCache, passages, stats
 from sae_italian.cache.passages import LatentActivations, contents, segment_starts
 from sae_italian.cache.shards import run_starts
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -66,6 +66,8 @@ def test_what_stands_around_an_anchor_ends_with_its_document_and_window(cache):
 def test_passages_that_say_the_same_are_one_and_a_token_more_or_less_is_another(cache):
     said = contents(cache, np.array([1, 24, 4, 9]), 0, 2)
     assert said[0] == said[1] and len(set(said)) == 3  # the last token differs in one, the first in another
+    end, start = contents(cache, np.array([15, 18]), 0, 2)  # of a window and of a document: what follows is not theirs
+    assert end == start
     found = cache.latent(2).windows("top", 10, width=3)
     assert found.start.tolist() == [1, 4, 9] and found.maximum.tolist() == [9, 7, 6]
     assert found.anchor.tolist() == [3, 6, 10]  # the strongest token, not the first
@@ -100,12 +102,16 @@ def test_a_seed_draws_the_same_and_none_is_the_seed_nought(cache):
     assert all(set(draw) <= {1, 4, 7, 9, 12, 15, 17, 19, 22} for draw in draws)
 
 
-def test_silent_passages_hold_no_activation_and_the_same_token_one_of_the_favourites(cache):
+def test_silent_passages_hold_no_activation_and_the_same_token_one_of_the_favourites(cache, monkeypatch):
     silent = cache.latent(4).windows("silent", 10, width=3)
     assert sorted(silent.start.tolist()) == [24, 27, 30] and silent.maximum.tolist() == [0, 0, 0]
     same = cache.latent(3).windows("same-token", 10, width=3)  # its tokens: 5 1 2 6; 27-29 and 22-23 have none
     assert sorted(same.start.tolist()) == [1, 4, 7, 12, 15, 17, 19]
     assert len(cache.latent(0).windows("same-token", 10, width=3).start) == 0
+    monkeypatch.setattr(passages, "SAME_TOKENS", 1)  # its strongest is 5, of one activation as each of the others
+    assert cache.latent(3).windows("same-token", 10, width=3).start.tolist() == [7]
+    draws = [np.array([24]), np.array([27, 30])]  # no more than are wanted, however they come
+    assert passages._silent(cache.latent(4), 2, 3, draws) == [24, 27]
 
 
 def test_first_tokens_are_those_of_a_window_and_those_after_a_special_token(cache):
@@ -133,6 +139,11 @@ def test_latents_that_fire_together_are_the_same_in_blocks_of_any_size(cache, mo
     assert ids[1] == [4] and ids[4] == [3]
     # one in three of 21 would be 7, but latent 3 fires four times
     assert (shares[1], shares[4]) == (pytest.approx([6 / 21]), pytest.approx([4 / 21]))
+
+
+def test_of_latents_that_fire_together_as_often_the_lower_number_is_first():
+    ids, shares = stats._most_shared(0, np.array([5, 3, 4]), np.full(3, 2.0), np.full(6, 4))
+    assert ids.tolist() == [3, 4, 5] and shares.tolist() == 3 * [2 / 6]
 
 
 def test_a_latents_picture_says_what_its_axes_are(cache):

@@ -132,7 +132,7 @@ def test_a_pickle_runs_no_code(tmp_path, monkeypatch, door):
     assert not written.exists()
 
 
-def test_gemma_scope(tmp_path):
+def test_gemma_scope(tmp_path, monkeypatch):
     """Keys in either spelling; model, layer and site are in the names of the folders."""
     rng = np.random.default_rng(0)
     W_enc, W_dec = rng.normal(size=(16, 64)), rng.normal(size=(64, 16))
@@ -148,7 +148,9 @@ def test_gemma_scope(tmp_path):
     pre = x @ w["W_enc"] + w["b_enc"]
     z = pre.relu() * (pre > w["threshold"])
     assert_is(sae, z, z @ w["w_dec"] + w["b_dec"], x)
-    assert sae.cfg.metadata.hook_name == "blocks.12.hook_resid_post" and sae.cfg.metadata.model_name == "gemma-2-2b"
+    monkeypatch.chdir(folder)
+    for metadata in (sae.cfg.metadata, load_sae(".").cfg.metadata):
+        assert metadata.hook_name == "blocks.12.hook_resid_post" and metadata.model_name == "gemma-2-2b"
     with pytest.raises(UsageError, match="not found.*Keep Gemma Scope's names"):
         load_sae(bare)
 
@@ -166,7 +168,9 @@ def test_openmoss_as_it_writes_now(tmp_path):
     x = torch.randn(30, 16)
     pre = x @ weights["encoder.weight"].T + weights["encoder.bias"]
     z = pre.relu() * (pre > log_threshold.exp())
-    assert_is(load_sae(folder), z, z @ weights["decoder.weight"].T + weights["decoder.bias"], x)
+    sae = load_sae(folder)
+    assert_is(sae, z, z @ weights["decoder.weight"].T + weights["decoder.bias"], x)
+    assert sae.cfg.normalize_activations == "none"
     (folder / "config.json").write_text(json.dumps(config))
     assert load_sae(folder).cfg.normalize_activations == "expected_average_only_in"
 

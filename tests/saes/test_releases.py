@@ -1,15 +1,18 @@
 """Foreign formats against their own maths, from disk and through `SAE.from_pretrained` with a local hub cache."""
 
 import json
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from sae_lens import SAE
 
 import sae_italian.plugin
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.models.catalogue import catalogue
 from sae_italian.saes import load_sae
-from sae_italian.saes.releases import known_releases, releases
+from sae_italian.saes.releases import LLAMA_SCOPE_MODEL, known_releases, loaders, releases
 from tests import fresh
 from tests.models.conftest import use_cache
 from tests.models.hub import REVISION, put_in_cache
@@ -64,6 +67,26 @@ def test_the_clic_it_release_is_exact_through_saelens_own_call(tmp_path, monkeyp
         load_sae("someone/elsewhere:layers.77")
 
 
+def test_of_an_sae_whose_settings_are_asked_for_nothing_else_is_fetched(tmp_path, monkeypatch):
+    write_sparsify(tmp_path / "run" / "layers.14", sparsify_weights(16, 64), 4)
+    put_in_cache(tmp_path / "hub", CLIC_IT, tmp_path / "run")
+    use_cache(monkeypatch, tmp_path / "hub")
+    asked, fetch = [], huggingface_hub.snapshot_download
+
+    def fetched(repo_id: str, **how: Any) -> str:
+        asked.append(how["allow_patterns"])
+        return fetch(repo_id, **how)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    whole, settings = (each["sae_italian_sparsify"] for each in loaders())
+    config, state, _ = whole(f"{CLIC_IT}@{REVISION}", "layers.14", "cpu", False, None)
+    assert state["W_dec"].shape == (64, 16)
+    metadata = settings(CLIC_IT, "layers.14", "cpu", False, None)["metadata"]
+    assert metadata == config["metadata"] and metadata["repo_id"] == CLIC_IT and metadata["revision"] == REVISION
+    assert metadata["model_name"] == "sapienzanlp/Minerva-1B-base-v1.0"  # which no file says
+    assert asked == [["layers.14/*", "config.json"], ["layers.14/cfg.json", "config.json"]]
+
+
 def test_saelens_own_converter_is_still_wrong(tmp_path):
     """If this fails, SAELens has mended its converter and ours may go."""
     from sae_lens.loading.pretrained_sae_loaders import sparsify_disk_loader
@@ -87,7 +110,7 @@ def test_saelens_own_converter_is_still_wrong(tmp_path):
 )
 def test_any_sparsify_or_delphi_folder_from_disk(tmp_path, hookpoint, hook_name):
     weights = sparsify_weights(16, 64, seed=3)
-    folder = write_sparsify(tmp_path / "run" / hookpoint, weights, 4)
+    folder = write_sparsify(tmp_path / "run" / hookpoint, weights, 4, expansion_factor=9)  # num_latents decides
     x = torch.randn(20, 16)
     for path in (folder, folder.parent):  # the hookpoint, or the run that Delphi is given
         sae = load_sae(path)
@@ -189,6 +212,13 @@ def test_llama_scope_whose_scale_is_folded_in_reads_raw_activations(tmp_path):
     assert_is(load_sae(folder), *llama_scope_forward(weights, x, 8.0, 8.0, 0.1), x)  # of norm sqrt(64) as it is
 
 
+def test_llama_scopes_weights_of_half_precision_are_scaled_in_full(tmp_path):
+    weights, x = {name: each.bfloat16() for name, each in llama_scope_weights(64, 256).items()}, torch.randn(40, 64)
+    folder = write_llama_scope(tmp_path, weights, *2 * ["blocks.8.hook_resid_post"])
+    whole = {name: each.float() for name, each in weights.items()}
+    assert_is(load_sae(folder), *llama_scope_forward(whole, x, 8.0, 3.0, 0.1), x)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -212,6 +242,9 @@ def test_all_256_llama_scope_saes_are_known():
     assert len(ids) == len(set(ids)) == 256
     assert sum("tc_" in sae_id for sae_id in ids) == 64
     assert rows["llama_scope_lxr_32x"]["d_sae"] == 131072 and rows["llama_scope_lxr_32x"]["site"] == "R"
+    assert {row["model"] for row in rows.values()} <= {entry.name for entry in catalogue().values()} | {
+        LLAMA_SCOPE_MODEL
+    }
     assert rows[CLIC_IT]["d_sae"] == 65536 and "layers.14" in rows[CLIC_IT]["ids"]
 
 

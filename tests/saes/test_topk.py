@@ -148,7 +148,7 @@ def test_ten_steps_of_saelens_own_trainer_end_at_the_same_weights(dtype, toleran
     saes = pair(dtype=dtype)
     stock, ours = (trainer_of(sae) for sae in saes)
     if tuned:
-        tune(ours)
+        assert all(group["fused"] for group in tune(ours).optimizer.param_groups)
     for step in range(10):
         x = inputs(saes[0], seed=step)
         theirs, output = stock.step(x), ours.step(x)
