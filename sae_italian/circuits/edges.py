@@ -88,8 +88,6 @@ class Prompt:
             else:
                 sae = self.by_layer[layer]
                 vectors = sae.W_enc[:, index].T.to(unembedding)
-                if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-                    vectors = vectors * sae.W_dec[index].norm(dim=1, keepdim=True).to(vectors)
             found.append(Targets(layer, torch.tensor([node.position for node in some]), vectors))
         return found
 
@@ -156,7 +154,8 @@ class _Rows:
         self.decided = np.array([node.kind != "bias" for node in self.nodes])
 
     def __call__(self, nodes: Sequence[GraphNode], out: Float[np.ndarray, "targets sources"]) -> None:
-        """Write the rows of nodes, which stand by layer, into zeros; what no target reads stays 0."""
+        """Write the rows of nodes, which stand by layer; what no target reads is 0."""
+        out[:] = 0  # an interrupted run may have left rows of others there
         end, at = next(end for end in self.ends if end > max(node.position for node in nodes)), 0
         gradients = self.linear(end).gradients(self.prompt.targets(nodes, self.against))
         for parts, vectors, gradient in zip(self.parts, self.vectors, gradients, strict=True):
@@ -296,7 +295,6 @@ def _visit(rows: _Rows, logits: Sequence[GraphNode], most: int, kept: _Kept) -> 
     n, batch, weight = len(logits), rows.batch, weights_of([node.value for node in logits])
     visited, planned, over = kept.visited, kept.planned, False
     edges = kept.rows[:, : len(rows.nodes)]
-    edges[len(visited) : most if visited else 0] = 0  # what an interrupted run had not finished
     for at in range(0, 0 if visited else n, batch):
         rows(logits[at : at + batch], edges[most + at : most + min(at + batch, n)])
     pace = Pace("edges", most, "latent")

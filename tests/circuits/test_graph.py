@@ -85,6 +85,8 @@ def test_every_row_adds_up_to_its_target(model):
     logits = model(tokens).logits[0, -1]
     for row, target in enumerate(graph.targets.tolist()):
         node = graph.nodes[target]
+        if node.kind == "logit":
+            assert node.value == pytest.approx(float(logits.softmax(-1)[node.index]), rel=1e-5)  # Gemma 2's capped
         if node.kind == "latent":
             x = read_activations(model, tokens, f"blocks.{node.layer}.mlp.hook_in")[0, node.position]
             expected = float(x @ saes[node.layer].W_enc[:, node.index].detach())
@@ -310,6 +312,15 @@ def test_influence_by_hand():
     # b: 1/2; a: 1/2 + 1/2 * 1/4 = 5/8; the token: all of a, 3/4 of b
     assert influence(graph) == pytest.approx([5 / 8, 1 / 2, 5 / 8 + 3 / 8, 0])
     assert scores(graph).replacement == 1
+    # half of what edges pass on is token -> a (5/8 of 17/8) and a -> logit; b, left without an edge, goes
+    keep, square = prune(graph, 1.0, 0.5)
+    assert keep.tolist() == [True, False, True, True] and square.tolist() == [[0, 2, 0], [0, 0, 0], [2, 0, 0]]
+
+
+def test_what_was_not_visited_counts_as_an_error():
+    nodes = (GraphNode("embedding", -1, 0), GraphNode("rest", 0), GraphNode("logit", 1, 0, 0, 1.0))
+    weights = np.array([[1.0, -3.0, 0.0]])
+    assert scores(Graph("p", "m", ("t",), 1, nodes, np.array([2]), weights, weights.sum(1), 4)) == (1 / 4, 1 / 4, 0)
 
 
 def test_a_graph_comes_back_as_it_was_written(mistral, tmp_path):
@@ -484,7 +495,11 @@ def test_an_interrupted_graph_goes_on_where_it_was(mistral, tmp_path, monkeypatc
 
     saes = [random_transcoder(layer) for layer in range(3)]
     whole = attribute(mistral, saes, "ciao bella", batch=4)
-    calls = []
+    rows, calls = _Rows(Prompt(mistral, saes, "ciao bella"), 4, None), []
+    left, clean = np.ones((1, len(rows.nodes))), np.zeros((1, len(rows.nodes)))
+    for out in (left, clean):
+        rows([next(node for node in rows.nodes if node.kind == "latent" and node.layer == 1)], out)
+    assert np.array_equal(left, clean)  # of a row that was written and not booked nothing stays
 
     def dying(self, nodes, out, real=edges._Rows.__call__):
         calls.append(len(nodes))
@@ -500,12 +515,14 @@ def test_an_interrupted_graph_goes_on_where_it_was(mistral, tmp_path, monkeypatc
     again = attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path)
     assert again.nodes == whole.nodes and np.array_equal(again.weights, whole.weights)
     assert not list(tmp_path.iterdir()) and sum(calls) < len(whole.targets) - 50  # not all were done again
-    calls.clear()
-    with pytest.raises(KeyboardInterrupt):
-        attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path)
-    calls[:] = [0] * 100
-    other = attribute(mistral, saes, "ciao bello", batch=4, resume=tmp_path)  # another prompt begins anew
-    assert np.array_equal(other.weights, attribute(mistral, saes, "ciao bello", batch=4).weights)
+    for factor, asked in ((1.0, {"against": 9}), (2.0, {})):  # another question begins anew, and other transcoders
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path)
+        calls[:] = [0] * 100
+        saes[2].W_dec.data *= factor
+        other = attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path, **asked)
+        assert np.array_equal(other.weights, attribute(mistral, saes, "ciao bella", batch=4, **asked).weights)
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
         attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path)

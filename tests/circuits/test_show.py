@@ -15,7 +15,7 @@ from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.circuits.check import check, foretold, replayed
 from sae_italian.circuits.edges import Prompt, attribute
 from sae_italian.circuits.graph import Graph, GraphNode
-from sae_italian.circuits.show import cantor, graph_svg, neuronpedia, summary
+from sae_italian.circuits.show import cantor, graph_svg, neuronpedia, strongest_path, summary
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae
@@ -106,6 +106,13 @@ def test_neuronpedias_json_has_what_its_schema_requires(mistral):  # noqa: F811
                     f"{target.layer}_{target.index}_{target.position}",
                 )
                 assert key not in weights or weights[key] == pytest.approx(graph.weights[row[i], j])
+
+
+def test_the_last_edges_share_is_of_what_some_input_decides():
+    nodes = (GraphNode("embedding", -1, 1), GraphNode("bias", 0, 1), GraphNode("error", 0, 1), GraphNode("logit", 1, 1))
+    weights = np.array([[3.0, 5.0, -1.0, 0.0]])
+    graph = Graph("p", "m", ("a", "b"), 1, nodes, np.array([3]), weights, weights.sum(1), 0)
+    assert strongest_path(graph) == ([0, 3], 3 / 4)
 
 
 @given(st.integers(0, 200), st.integers(0, 10**6))

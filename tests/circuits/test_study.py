@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,20 @@ import torch
 
 from sae_italian.analysis import treebank
 from sae_italian.analysis.latent import written_directions
+from sae_italian.base.statistics import NOTHING
 from sae_italian.circuits.check import changes, foretold
 from sae_italian.circuits.edges import Prompt, attribute
-from sae_italian.circuits.study import Studied, Study, carriers, cases_of, found_among, patching_effects
+from sae_italian.circuits.graph import Graph, GraphNode
+from sae_italian.circuits.study import (
+    Case,
+    Studied,
+    Study,
+    _numbers,
+    carriers,
+    cases_of,
+    found_among,
+    patching_effects,
+)
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations, replaced
 from tests.circuits.test_graph import mistral, random_transcoder  # noqa: F401
@@ -23,7 +35,8 @@ def test_found_among_by_hand():
     found = found_among(np.array([4.0, 3.0, 2.0, 1.0]), np.array([True, False, True, False]), 2)
     assert (found["precision"], found["recall"], found["share"], found["over_chance"]) == (0.5, 0.5, 0.5, 0)
     assert found["average_precision"] == pytest.approx((1 + 2 / 3) / 2)
-    assert found_among(np.ones(3), np.zeros(3, dtype=bool), 2) == {"share": 0}
+    for share in (0, 1):  # nothing to find, or nothing else
+        assert found_among(np.ones(3), np.full(3, share, dtype=bool), 2) == {"share": share}
 
 
 def test_what_carries_number_is_what_fires_on_words_of_one_number(mini, monkeypatch):
@@ -91,6 +104,25 @@ def test_cases_suit_the_embedded_model(mini, case):
     for one in found:
         lengths = {len(mini.tokenizer(text).input_ids) for text in one[:2]}
         assert len(lengths) == 1 and one.prompt != one.counterfactual and one.right != one.wrong
+    assert found != cases_of(case, mini, 20, seed=1) and found == cases_of(case, mini, 20)
+
+
+def test_the_verb_of_any_other_model_agrees_with_the_subject(mini):
+    other = SimpleNamespace(tokenizer=mini.tokenizer)
+    answers = [mini.tokenizer(text, add_special_tokens=False).input_ids[0] for text in (" è", " sono")]
+    for one in cases_of("agreement", other, 20):
+        plural = one.prompt.startswith(("I ", "Le "))
+        assert (one.wrong, one.right) == tuple(answers[:: 1 if plural else -1])
+
+
+def test_no_latent_before_the_prompts_differ_is_true():
+    """Both latents carry number, but «gatti» is read at position 1: what fires on «i» cannot know it."""
+    nodes = (GraphNode("latent", 0, 0, 0, 1.0), GraphNode("latent", 0, 1, 1, 1.0), GraphNode("logit", 1, 1, 5, 1.0))
+    graph = Graph("i gatti", "m", ("i", "gatti"), 1, nodes, np.arange(3), np.eye(3), np.ones(3), 2)
+    prompt = SimpleNamespace(model=SimpleNamespace(tokenizer=lambda text: SimpleNamespace(input_ids=text.split())))
+    nothing = [SimpleNamespace(**dict.fromkeys(("direct", "paths", "slope"), NOTHING))]
+    found = _numbers(Case("i gatti", "i cani", 5, None), prompt, graph, nothing, {0: [True, True]})
+    assert found["share"] == 0.5
 
 
 FEMININE, MASCULINE = ("la", "una", "questa", "quella"), ("il", "un", "questo", "quel")

@@ -99,7 +99,7 @@ def _check_whole(by_layer: Mapping[int, Any], n_layers: int) -> None:
 def _tensors(sae: Any, layer: int) -> dict[str, Tensor]:
     """Return the weights under circuit-tracer's names. Raises: UsageError for what it cannot compute."""
     scaling, architecture = getattr(sae.cfg, "normalize_activations", "none"), sae.cfg.architecture()
-    if scaling not in _UNSCALED or getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+    if scaling not in _UNSCALED:
         raise UsageError(
             f"layer {layer}: {architecture} with normalize_activations {scaling!r} has no form in circuit-tracer, which reads "
             "raw activations. Fold its scale first, or train with `topk`."
