@@ -126,7 +126,7 @@ def compare(a: Entry, b: Entry) -> Difference:
         documents[document] += part
     over_tasks = float(differences.var(ddof=1)) / len(shared)
     over_documents, alone = (float(np.square([*some.values()]).sum()) for some in (documents, cells))
-    seeds = (a.reseed**2 + b.reseed**2) / max(len(next(iter(a.scores.values())).own["auc"]["16"]), 1)
+    seeds = (a.reseed**2 + b.reseed**2) / len(next(iter(a.scores.values())).own["auc"]["16"])
     variance = max(over_tasks + over_documents - alone, over_tasks, over_documents) + np.nan_to_num(seeds)
     return Difference(float(differences.mean()), POWER * float(np.sqrt(variance)))
 

@@ -242,9 +242,8 @@ def fitted(x: Any, y: Bool[np.ndarray, " n"], penalty: str = "l1", grid: Sequenc
         warnings.simplefilter("ignore")  # an unscaled latent may need more steps than there are
         scores = np.zeros(len(grid))
         for (fit, check), (place, c) in ((fold, each) for fold in folds for each in enumerate(grid)):
-            if 0 < y[check].sum() < len(check):
-                model = _classifier(penalty, c).fit(x[fit], y[fit])
-                scores[place] += auc_parts(model.decision_function(x[check]), y[check])[0]
+            model = _classifier(penalty, c).fit(x[fit], y[fit])
+            scores[place] += auc_parts(model.decision_function(x[check]), y[check])[0]
         return _classifier(penalty, grid[int(scores.argmax())]).fit(x, y)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, run, saebench
-from sae_italian.benchmark.board import ranks, training_noise
+from sae_italian.benchmark.board import CONTROLS, Entry, ProblemScore, ranks, training_noise
 from sae_italian.benchmark.pages import SORT, leaderboard, send_to_wandb, write
 from sae_italian.benchmark.probes import Activations, Pooling
 from sae_italian.benchmark.run import contamination
@@ -80,6 +80,43 @@ def test_differences_are_paired_and_an_sae_is_not_distinguishable_from_itself(sc
     assert self.value == 0 and not self.distinguishable and ranks([a, a]) == [1, 1]
     one, other = (np.array([*entry.by_task("auc_16").values()]) for entry in (a, b))
     assert len(one) == 3 and found.least >= 2.8 * np.sqrt(np.var(one - other, ddof=1) / 3)  # documents may add to it
+
+
+def entry_of(aucs, influence, **control):
+    """An SAE by hand: by task its AUC for each seed, and by task the influence of its documents."""
+    controls = {name: {"auc": control.get(name, 0.5)} for name in CONTROLS} | {"majority": 0.5}
+    scores = {}
+    for number, (values, parts) in enumerate(zip(aucs, influence, strict=True)):
+        of_k = {"auc": {"16": values}, "twin": {"16": [0.5] * len(values)}, "influence": {"16": parts}}
+        own = {**of_k, "interval": {"16": [None, None]}, "permuted": [0.5]}
+        task = {"id": f"T{number}", "family": "f", "form": number == control.get("form_task")}
+        scores[f"T{number}-word"] = ProblemScore(controls, own, task)
+    return Entry("x", {}, scores)
+
+
+@pytest.mark.parametrize(
+    ("size", "variance"),
+    [
+        (0.01, 0.01 + 0.000625 - 0.000475),  # V_tasks + V_documents - V_cells
+        (0.1, 0.0625),  # at least V_documents: 0.01 + 0.0625 - 0.0475 is less
+    ],
+)
+def test_the_variance_of_a_difference_by_hand(size, variance):
+    """Differences 0.1 and 0.3; cells 3, 1 and -3 halves, of two documents, of which one is in both tasks."""
+    a = entry_of([[0.8], [0.9]], [{"d": 2 * size, "e": -3 * size}, {"d": size}])
+    b = entry_of([[0.7], [0.6]], [{"d": -size}, {}])
+    found = compare(a, b)
+    assert found.value == pytest.approx(0.2) and found.least == pytest.approx(2.8 * np.sqrt(variance))
+    assert compare(b, a).value == pytest.approx(-0.2) and compare(b, a).distinguishable == found.distinguishable
+    seeded = entry_of([[0.79, 0.81], [0.89, 0.91]], [{"d": 2 * size, "e": -3 * size}, {"d": size}])
+    told = compare(seeded, entry_of([[0.7, 0.7], [0.6, 0.6]], [{"d": -size}, {}]))  # an sd of 0.02 / sqrt 2 over seeds
+    assert told.least == pytest.approx(2.8 * np.sqrt(variance + 0.0002 / 2))
+
+
+def test_a_mean_leaves_out_tasks_of_form_and_selectivity_takes_the_better_control():
+    entry = entry_of([[0.8], [1.0]], [{}, {}], form=0.6, tokens=0.7, form_task=1)
+    assert entry.estimate("auc_16").value == pytest.approx(0.8) and entry.estimate("auc_16", "f").value == 0.9
+    assert entry.estimate("selectivity").value == pytest.approx(0.1)
 
 
 def test_what_is_done_is_not_done_again_and_a_further_sae_costs_its_own(

@@ -1,5 +1,7 @@
 """Tasks are rules about facts: what treebanks say, how examples are drawn, which tasks are refused."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from sae_italian.benchmark.material import (
     genre_passages,
     lexicon_passages,
     once,
+    pair_passages,
     plainly,
     treebank_passages,
 )
@@ -73,6 +76,8 @@ def test_no_text_of_the_grammar_or_of_the_pairs_is_in_training_and_in_test():
         sides = [{plainly(p.text) for p in some if p.test == test} for test in (False, True)]
         assert not sides[0] & sides[1] and len(sides[0]) + len(sides[1]) == len(some), name
     assert material.n_copies > 500
+    both = Counter(p.document for p in pair_passages(40))
+    assert set(both.values()) == {2}  # what is right and what is wrong of a pair are on one side
 
 
 def test_counts_are_those_that_were_counted_by_hand(shared):
@@ -105,6 +110,8 @@ def test_rules_ask_of_words_and_of_texts():
     source = SourceTable(
         [Passage("a b", "d", False, {"k": "x"}, [PlacedWord(0, 1, {"u": "N"}), PlacedWord(2, 3, {"u": "V"})])]
     )
+    longer = SourceTable([Passage("a", "d", False, {}, [PlacedWord(0, 1, {"u": "NUM"})])])
+    assert longer.holds({"u": "N"}, "word").tolist() == [False]  # a fact matches whole
     assert source.holds({"u": "N|V"}, "word").tolist() == [True, True]
     assert source.holds({"u": "N", "absent": ".*"}, "word").tolist() == [False, False]
     assert source.holds({"k": "x", "some": {"u": "V"}}, "text").tolist() == [True]
@@ -129,7 +136,10 @@ def test_a_draw_is_balanced_within_every_value_and_the_same_for_the_same_seed():
         assert {items[i].test for i in side} == {test} and len(set(side.tolist())) == 60
     assert [side.tolist() for side in draw(items, 3)] == [side.tolist() for side in found]
     assert draw(items, 4)[0].tolist() != found[0].tolist()
-    assert n_balanced([item for item in items if not item.test]) == 30
+    assert n_balanced([item for item in items if not item.test]) == 30 and n_balanced(items) == 60
+    wanted = np.isin(np.arange(len(items)), np.concatenate([side[:10] for side in found]))
+    for side, n in zip(draw(items, 7, wanted, (8, 4)), (8, 4), strict=True):  # of texts that are read already, first
+        assert len(side) == n and wanted[side].mean() >= 0.5
 
 
 def test_a_task_with_fewer_than_20_positives_is_refused_by_name():
@@ -201,12 +211,13 @@ def test_a_genre_loses_what_gives_it_away(jsonl, tmp_path):
 
 
 def test_the_lexicon_leaves_ambiguous_forms_out():
-    def word(form, upos):
-        return Passage(form, "d", False, {}, [PlacedWord(0, len(form), {"form": form, "upos": upos, "lemma": form})])
+    def word(form, upos, lemma=""):
+        facts = {"form": form, "upos": upos, "lemma": lemma or form}
+        return Passage(form, "d", False, {}, [PlacedWord(0, len(form), facts)])
 
-    found = lexicon_passages(
-        [word("casa", "NOUN"), word("porta", "NOUN"), word("porta", "VERB"), word("città", "NOUN")]
-    )
-    assert {p.text for p in found} == {"La parola è casa", "La parola è città"}
+    nouns = [word("casa", "NOUN"), word("case", "NOUN", "casa"), word("porta", "NOUN"), word("città", "NOUN")]
+    found = lexicon_passages([*nouns, word("porta", "VERB")])
+    assert {p.text for p in found} == {"La parola è casa", "La parola è case", "La parola è città"}
+    assert len({p.document for p in found}) == 2  # the forms of a lemma are on one side
     assert all(p.text[p.words[0].start :] == p.words[0].facts["form"] for p in found)
     assert np.unique([p.words[0].facts["letter"] for p in found]).tolist() == ["c"]
