@@ -233,7 +233,7 @@ class Overlap(NamedTuple):
 def owners(probability: Float[np.ndarray, "languages d_sae"]) -> Int[np.ndarray, " d_sae"]:
     """Return the language of each latent: it fires there often enough, and hardly elsewhere; else -1."""
     best = probability.max(axis=0)
-    own = (best >= LEAST_PROBABILITY) & (best >= PURE * np.maximum(probability.sum(axis=0), 1e-30))
+    own = (best >= LEAST_PROBABILITY) & (best >= PURE * probability.sum(axis=0))
     return np.where(own, probability.argmax(axis=0), -1)
 
 
@@ -268,7 +268,7 @@ def language_latents(
 
     def probability(language: Int[np.ndarray, " documents"]) -> Float[np.ndarray, "languages d_sae"]:
         here = (language == place for place in range(len(corpora)))
-        return np.stack([counts[some].sum(axis=0) / max(tokens[some].sum(), 1) for some in here])
+        return np.stack([counts[some].sum(axis=0) / tokens[some].sum() for some in here])
 
     rng = np.random.default_rng(seed)
     dealt = [owners(probability(rng.permutation(which))) for _ in range(SHUFFLES)]

@@ -54,6 +54,9 @@ def test_patching_everything_gives_the_counterfactual_logits(mini, identity_sae,
         added = patcher.delta()[row : row + 1, : int(inputs.lengths[row])]
         patched = logits_with_replacement(mini, ids(mini, pair.base), patcher.hook_out, lambda x, a=added: x + a)
         assert torch.allclose(patched[0, -1], last_logits(mini, ids(mini, pair.counterfactual)), atol=1e-4)
+    delta, lengths = patcher.delta(), inputs.lengths.tolist()
+    size = torch.cat([delta[row, :n].norm(dim=-1) for row, n in enumerate(lengths)])
+    assert len(set(lengths)) > 1 and patcher.magnitude(delta) == pytest.approx(float(size.mean()), rel=1e-5)
     lossy = Patcher(mini, topk_sae, inputs)
     base, target = (read_activations(mini, tokens, lossy.hook_out) for tokens in (inputs.base, inputs.target))
     whole = (target - base) * inputs.differ[..., None]

@@ -36,6 +36,11 @@ def test_what_is_written_is_what_adding_the_direction_gives(mini, topk_sae, toke
     assert found.hook_name == HOOK and found.unsteered.strength == 0 and found.unsteered.cost == 0
     for continuation in (found.unsteered, *found.steered):
         written = by_hand(mini, tokens, direction, 0.5 * continuation.strength, 8)
+        added = 0.5 * continuation.strength * direction * (tokens != mini.tokenizer.bos_token_id)[..., None]
+        edited = logits_with_replacement(mini, tokens, HOOK, lambda x, a=added: x + a)[0, -1].log_softmax(-1)
+        clean = mini(tokens).logits[0, -1].log_softmax(-1)
+        kl = float((edited.exp() * (edited - clean)).sum().detach())
+        assert continuation.divergence == pytest.approx(kl, rel=1e-3, abs=1e-5)
         n = tokens.shape[1]
         assert len(continuation.tokens) == 8
         assert mini.tokenizer.decode(written[0], skip_special_tokens=True).endswith(continuation.text)
@@ -47,12 +52,13 @@ def test_what_is_written_is_what_adding_the_direction_gives(mini, topk_sae, toke
 
 
 def test_a_row_is_written_as_if_it_were_alone(mini, topk_sae):
-    options = {"temperature": 1.0, "seed": 3}
+    options, state = {"temperature": 1.0, "seed": 3}, torch.random.get_rng_state()
     together = steer(mini, mini.tokenizer, topk_sae, PROMPT, 7, [2.0, 4.0], 6, **options)
     alone = steer(mini, mini.tokenizer, topk_sae, PROMPT, 7, [4.0], 6, **options)
     assert together.steered[1].tokens == alone.steered[0].tokens and together.unsteered.tokens == alone.unsteered.tokens
     others = [steer(mini, mini.tokenizer, topk_sae, PROMPT, 7, [4.0], 6, temperature=1.0, seed=s) for s in (4, 5)]
     assert any(other.unsteered.tokens != alone.unsteered.tokens for other in others)
+    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's own draws go on as they would
 
 
 def test_text_ends_at_the_eos(mini, topk_sae, monkeypatch):
@@ -91,7 +97,11 @@ def test_ablation_lowers_only_until_the_latent_is_silent(mini, identity_sae, tok
         assert place.lowered[0].id == int(moved.argmin()) and place.raised[0].id == int(moved.argmax())
         assert place.lowered[0].logit == pytest.approx(float(moved.min()), abs=1e-3)
         assert place.lowered[0].prob == pytest.approx(float(clean.softmax(-1)[place.lowered[0].id]), abs=1e-6)
-        assert len(place.lowered) == 5 and place.divergence > 0
+        log_p, log_q = clean.log_softmax(-1), (clean + moved).log_softmax(-1)
+        assert place.divergence == pytest.approx(
+            float((log_p.exp() * (log_p - log_q)).sum().detach()), rel=1e-3, abs=1e-6
+        )
+        assert len(place.lowered) == 5
     json.dumps(plain(found))
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from sae_italian.analysis.tree import causal_tree
+from sae_italian.analysis.tree import _Growth, causal_tree
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
 
@@ -57,6 +57,16 @@ def test_ablating_the_only_cause_silences_the_target(mini, planted):
     root = causal_tree(mini, [("before", before), ("target", target)], TARGET, **OPTIONS)
     assert [child.latent for child in root.children] == [CAUSE]
     assert root.children[0].drop.value == pytest.approx(1, abs=1e-4)
+
+
+def test_contexts_are_of_windows_in_which_it_is_half_as_active_as_ever():
+    tokens, activation = (
+        torch.arange(9).reshape(3, 3),
+        torch.tensor([[0.0, 4.0, 1.0], [1.0, 0.0, 0.0], [2.0, 0.0, 0.0]]),
+    )
+    growth = _Growth(None, [], [], tokens, {}, 1, 5, 0)
+    assert [(ids.tolist(), a) for ids, a in growth._contexts(activation)] == [([0, 1], 4.0), ([6], 2.0)]
+    assert not growth._contexts(0 * activation)
 
 
 def test_the_tree_goes_down_layer_by_layer(mini, layers):

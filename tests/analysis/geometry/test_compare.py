@@ -68,7 +68,9 @@ def test_an_sae_split_by_construction_is_reported_split_and_what_is_new_is_new(o
     children = torch.cat([noise(narrow[[3, 3]], 0.4, 1), noise(narrow[[7, 7, 7]], 0.4, 2)])
     kept = narrow[[i for i in range(100) if i not in (3, 7)]]
     wide = torch.cat([kept, children, fresh])
-    found = one_of(geometry({"narrow": sae(narrow), "wide": sae(wide)}), "wide", "narrow")
+    result = geometry({"narrow": sae(narrow), "wide": sae(wide)})
+    found, back = one_of(result, "wide", "narrow"), one_of(result, "narrow", "wide")
+    assert back.several.value == pytest.approx(2 / 100) and back.threshold == found.threshold  # F is the larger width
     assert {split.latent: split.into for split in found.splits} == {
         3: sorted([98, 99], key=lambda i: -found.rows.cosine[i]),
         7: sorted([100, 101, 102], key=lambda i: -found.rows.cosine[i]),
@@ -94,6 +96,9 @@ def test_a_common_subspace_is_what_the_second_baseline_is_for():
     found = one_of(geometry({"a": sae(a), "b": sae(b)}), "a", "b")
     assert found.matches.mean > found.random.mean + 0.3
     assert found.matches.mean == pytest.approx(found.random_like.mean, abs=0.03)
+    a, b = a + 2 * basis.sum(0), b + 2 * basis.sum(0)  # and what they have in common
+    found = one_of(geometry({"a": sae(a), "b": sae(b)}), "a", "b")
+    assert found.matches.mean == pytest.approx(found.random_like.mean, abs=0.01) and found.matches.mean > 0.9
 
 
 def test_where_the_bound_says_nothing_the_random_maximum_decides():

@@ -80,6 +80,13 @@ def test_a_translation_shares_more_latents_than_another_text(topk_sae, mini, tmp
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     corpora = {name: str(tmp_path / f"{name}.jsonl") for name in "ab"}
     found = parallel_overlap(topk_sae, mini, corpora)
+    fired = []
+    for texts in zip(*(iter_documents(path, "all") for path in corpora.values()), strict=True):
+        ids = [mini.tokenizer(document.text, return_tensors="pt").input_ids for document in texts]
+        reads = [read_activations(mini, own, "blocks.2.hook_resid_post")[0, 1:] for own in ids]  # without the BOS
+        fired.append([(topk_sae.encode(x) != 0).any(0) for x in reads])
+    by_hand = [float((a & b).sum() / (a | b).sum()) for a, b in fired]
+    assert found.jaccard.value == pytest.approx(np.mean(by_hand), abs=1e-3)
     assert found.n_pairs == 12 and found.jaccard.lo > found.chance.hi
     same = parallel_overlap(topk_sae, mini, {"a": corpora["a"], "x": corpora["a"]})
     assert same.jaccard.value == 1 and same.chance.value < 1 and "12 pairs" in same.text()

@@ -10,7 +10,15 @@ import torch
 
 from sae_italian.analysis import treebank as treebank_module
 from sae_italian.analysis.detect import ProbeTask, best_cut, dense_probes, probe, single_latents, sparse_probes
-from sae_italian.analysis.treebank import Treebank, Words, encode_words, read_treebank, read_words
+from sae_italian.analysis.treebank import (
+    Treebank,
+    Words,
+    detection_counts,
+    encode_words,
+    read_treebank,
+    read_words,
+    zeros_and_ones,
+)
 from sae_italian.base.errors import UsageError
 from sae_italian.models.activations import read_activations
 
@@ -55,6 +63,7 @@ def test_a_planted_latent_is_found_and_reaches_one(planted):
         and best.f1.value == 1 == best.f1.hi
         and (best.auroc.value, best.precision, best.recall) == (1, 1, 1)
     )
+    assert best.threshold == 0  # of several that do as well the lowest
     assert best.n == int(column(words, "Gender=Fem")[~words.train].sum())
     assert ("UPOS=X", "single latent") not in found  # too few words
     split = found["Number=Plur", "single latent"]
@@ -74,6 +83,10 @@ def test_a_probe_on_planted_labels_reaches_one(planted):
     assert found["Gender=Fem", "sparse 1"].f1.value == 1 and found["Gender=Fem", "sparse 1"].latents == [3]
     assert found["Number=Plur", "sparse 1"].f1.value < 0.8
     assert found["Number=Plur", "sparse 5"].f1.value > 0.98 and {4, 5} <= set(found["Number=Plur", "sparse 5"].latents)
+    turned = acts.tolil()
+    turned[:, 3] = 1 - column(words, "Gender=Fem")  # what falls silent on a label tells it too
+    found = by_label(sparse_probes(ProbeTask(words, words), turned.tocsr(), turned.tocsr(), "sae"))
+    assert found["Gender=Fem", "sparse 1"].f1.value == 1 and found["Gender=Fem", "sparse 1"].latents == [3]
     dense = by_label(dense_probes(ProbeTask(words, words)))
     assert dense["Gender=Fem", "dense"].f1.value > 0.98 and dense["Gender=Fem", "dense"].auroc.value > 0.999
     assert abs(dense["UPOS=NOUN", "dense"].auroc.value - 0.5) < 0.06
@@ -102,6 +115,13 @@ def test_what_holds_in_one_treebank_is_tried_on_the_other(planted):
     assert crossed.recall == pytest.approx(0.5, abs=0.05) and crossed.f1.lo < 2 / 3 < crossed.f1.hi
     with pytest.raises(ValueError, match="not the same columns"):
         ProbeTask(words, words._replace(names=NAMES[::-1]))
+
+
+def test_counts_of_a_latent_and_a_label_by_hand():
+    """Two words fire, three bear the label, one does both; a place that is given twice is one."""
+    fired = zeros_and_ones([(0, 0), (0, 0), (1, 0)], (5, 1))
+    labels = zeros_and_ones([(1, 0), (2, 0), (3, 0)], (5, 1))
+    assert [float(each[0, 0]) for each in detection_counts(fired, labels)] == pytest.approx([2 / 5, 1 / 2, 1 / 3])
 
 
 def test_the_cut_is_that_of_the_best_f1():

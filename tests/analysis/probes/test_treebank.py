@@ -110,8 +110,9 @@ def test_official_files_say_what_is_for_test_else_a_hash_does(tmp_path):
     (tmp_path / "altro.conllu").write_text("\n".join(many), encoding="utf-8")
     first, again = (read_treebank(tmp_path / "altro.conllu") for _ in range(2))
     share = np.mean([sentence.train for sentence in first.sentences])
-    assert 0.8 < share < 0.97 and first == again and first.name == "altro"
-    assert read_treebank(folder / "it_prova-ud-test.conllu").name == "UD PROVA"
+    assert 0.87 < share < 0.93 and first == again and first.name == "altro"
+    alone = read_treebank(folder / "it_prova-ud-test.conllu")
+    assert alone.name == "UD PROVA" and alone.sentences[0].train  # with nothing to train on beside it a hash says
     assert read_treebank(tmp_path / "Prova") == bank  # the name alone, beside a clone of the treebank
 
 

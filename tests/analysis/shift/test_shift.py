@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from itertools import islice
 
 import pytest
@@ -42,6 +43,14 @@ def test_the_same_text_under_two_names_shifts_nothing(topk_sae, mini, jsonl):
     conditions = [Condition(name, mini, str(jsonl), "all") for name in "ab"]
     found = shift(topk_sae, conditions, by="genre", n_tokens=600)
     assert found.bucket("a").change == {} and all(value == (0, 0, 0) for value in found.bucket("b").change.values())
+
+
+def test_documents_of_two_texts_are_resampled_apart(topk_sae, mini, jsonl, tmp_path):
+    """A copy is another text: the difference is none, and its interval that of two draws."""
+    files = jsonl, shutil.copy(jsonl, tmp_path / "copia.jsonl")
+    conditions = [Condition(name, mini, str(file), "all") for name, file in zip("ab", files, strict=True)]
+    change = shift(topk_sae, conditions, by="genre", n_tokens=600).bucket("b").change["ce_loss"]
+    assert change.value == 0 and change.lo < 0 < change.hi
 
 
 def test_an_exact_sae_shifts_nowhere(identity_sae, mini, jsonl):
@@ -89,6 +98,8 @@ def test_context_buckets_are_of_their_positions(topk_sae, mini, jsonl):
     )
     assert math.isclose(sum(b.n_tokens for b in found.buckets), int((tokens != mini.tokenizer.bos_token_id).sum()))
     assert found.reference == "96-128"  # the last that the training's context of 128 knows
+    beyond = context_shift(topk_sae, mini, str(jsonl), split="all", edges=[0, 192, 256], n_tokens=300, packed=True)
+    assert beyond.reference == "0-192"  # it knows none of them
 
 
 def test_a_corpus_without_end_is_not_searched_for_ever(topk_sae, mini):
