@@ -265,6 +265,7 @@ def _keep_the_rest(parent: Tally, child: Tally, index: Int[np.ndarray, " m"]) ->
         values = getattr(parent, name).astype(np.float64)
         np.subtract.at(values, index, getattr(child, name))
         setattr(parent, name, values.clip(min=0))
+    parent.active = np.minimum(parent.active, parent.total)  # what a sample says of the children may be too little
 
 
 def fit_tree(

@@ -313,7 +313,7 @@ def _mark(
     """Mark in each row the n allowed tokens of lowest preference value."""
     preference = np.where(allowed, preference, np.inf)
     last = np.sort(preference, axis=1)[np.arange(len(preference)), n_marks.clip(max=preference.shape[1]) - 1]
-    return allowed & (preference <= last[:, None]) & (n_marks > 0)[:, None]
+    return allowed & (preference <= last[:, None])
 
 
 def in_turn(items: Int[np.ndarray, " n"], group: Int[np.ndarray, " n"], n: int) -> Int[np.ndarray, " m"]:

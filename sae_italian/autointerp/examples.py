@@ -248,11 +248,10 @@ class RuleJudge:
         rule, rates = self._laid(explanation, examples)
         rates = rates[examples.rows]
         if examples.marks is None:
-            strength = probability = rates.max(axis=1, initial=0.0)
+            strength = rates.max(axis=1, initial=0.0)
         else:
             strength = np.where(examples.marks, rates, np.inf).min(axis=1, initial=np.inf)
-            probability = strength.clip(max=1.0)
-        return Verdicts(((strength > 0) & (strength >= rule.threshold)).astype(np.int64), probability)
+        return Verdicts(((strength > 0) & (strength >= rule.threshold)).astype(np.int64), strength)
 
     def simulate(self, explanation: Explanation, examples: Any) -> list[Float[np.ndarray, " tokens"]]:
         """Return the mean activation that the rule has seen where it says what it says of the token."""

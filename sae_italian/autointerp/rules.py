@@ -187,7 +187,7 @@ class TreeRule(LatentRule):
 
     @property
     def firing_paths(self) -> list[Path]:
-        return [path for path in self.paths if path.rate > 0 and path.rate >= self.threshold]
+        return [path for path in self.paths if path.rate >= self.threshold]
 
     def fired(self, name: str) -> float:
         return sum(getattr(path, name) for path in self.firing_paths)
@@ -349,7 +349,7 @@ class Counts:
         if len(tally.keys) == 0:
             return ""
         heaviest = int(np.argmax(tally.mass))
-        share = tally.mass[heaviest] / self.value.sum()
-        lift = tally.active[heaviest] / tally.total[heaviest] / max(self.base, 1e-12)
+        share = tally.mass[heaviest] / self.mass
+        lift = tally.active[heaviest] / tally.total[heaviest] / self.base
         name = self.places.name(family, int(tally.keys[heaviest])).strip()
         return name if share >= LEAST_MASS and lift >= LEAST_LIFT else ""

@@ -98,6 +98,13 @@ def test_top_decile_and_random_draws(small_cache):
     assert edges == sorted(edges)
     random, _ = source.positives(activity, "train", 40, "random")
     assert set(random.tolist()) <= set(mine.tolist()) and len(set(random.tolist())) == 40
+    larger = 0
+    for latent in np.flatnonzero(cache.statistics["count"] > 100)[:20].tolist():
+        position, value = cache.latent(latent)
+        train = value[source.position_part[position] == 0].max()
+        assert latent_examples(source, latent, n_train=4, n_test=0).maximum == train
+        larger += value.max() > train
+    assert larger  # strengths are scaled by what the explainer may know
 
 
 def test_draws_repeat_and_depend_on_the_seed(planted):
@@ -108,6 +115,8 @@ def test_draws_repeat_and_depend_on_the_seed(planted):
     assert np.array_equal(draws[0].positive, draws[1].positive)
     assert np.array_equal(draws[0].negative["random"], draws[1].negative["random"])
     assert not np.array_equal(draws[0].negative["random"], draws[2].negative["random"])
+    of_each = {source.rng(latent, purpose).random() for latent in (0, 1) for purpose in ("val", "test")}
+    assert len(of_each) == 4  # no latent's draws, and no purpose's, are another's
 
 
 def test_marks_are_equally_many_and_stand_where_they_should(source, planted):

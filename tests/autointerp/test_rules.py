@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from sae_italian.autointerp.choose import (
     FAMILIES,
     RuleExplainer,
+    _keep_the_rest,
     best_threshold,
     fit_keys,
     fit_tree,
@@ -21,7 +23,7 @@ from sae_italian.autointerp.choose import (
 from sae_italian.autointerp.draws import Activity
 from sae_italian.autointerp.examples import RuleJudge, latent_examples
 from sae_italian.autointerp.places import View, enclitic, piece_bytes, piece_texts, shape_of
-from sae_italian.autointerp.rules import Counts, KeyRule, Path, TreeRule, TrieRule, rule_of
+from sae_italian.autointerp.rules import Counts, KeyRule, Path, Tally, TreeRule, TrieRule, rule_of
 from sae_italian.autointerp.scorers.budget import BUDGETS
 from sae_italian.autointerp.store import Store
 from sae_italian.autointerp.wording import (
@@ -100,6 +102,36 @@ def test_totals_count_every_training_occurrence_once(places, source):
         keys = View(places, train[:, None]).keys(family)[:, 0]
         expected = np.bincount(keys[keys >= 0], minlength=len(places.totals[family]))
         assert places.totals[family].tolist() == expected.tolist(), family
+
+
+def test_what_is_fitted_to_are_training_documents_alone(places, source):
+    activity = source.activity(N_TOKENS)
+    train = source.position_part[activity.position] == 0
+    counts = Counts(places, activity)
+    assert counts.n == train.sum() < len(train) and counts.position.tolist() == activity.position[train].tolist()
+
+
+def test_log_odds_by_hand():
+    """Of 1,000 tokens 100 are active. The prior is 20 in a thousand of a key's occurrences, half a one at least."""
+    counts = SimpleNamespace(n=100, n_tokens=1000, places=SimpleNamespace(train_positions=range(1000)))
+    tally = Tally(np.arange(2), np.array([30.0, 2.0]), np.zeros(2), np.array([40, 2]))
+    often = np.log(30.8 / (120 - 30.8)) - np.log(10.8 / (920 - 10.8))
+    rare = np.log(2.5 / (120 - 2.5)) - np.log(0.5 / (920 - 0.5))
+    expected = often / np.sqrt(1 / 30.8 + 1 / 10.8), rare / np.sqrt(1 / 2.5 + 1 / 0.5)
+    assert Counts.log_odds(counts, tally) == pytest.approx(expected)  # pyright: ignore[reportArgumentType]
+
+
+def test_pairs_of_very_many_activations_are_counted_on_a_sample(places, source, monkeypatch):
+    counts = Counts(places, source.activity(N_TOKENS))
+    whole = counts.keys("bigram")
+    monkeypatch.setattr("sae_italian.autointerp.rules.CHAIN_SAMPLE", -(-counts.n // 3))  # every third
+    some = Counts(places, source.activity(N_TOKENS)).keys("bigram")
+    assert len(some.keys) < len(whole.keys) and (some.active <= some.total).all()
+    assert some.mass.sum() == pytest.approx(whole.mass.sum(), rel=0.2)
+    # a token that always fires, on which a sample saw its pairs fire less often: its rest fires always, not more
+    token = Tally(np.array([7]), np.array([100.0]), np.array([100.0]), np.array([100]))
+    _keep_the_rest(token, Tally(np.arange(2), np.array([30.0, 10.0]), np.ones(2), np.array([40, 20])), np.zeros(2, int))
+    assert (token.active.tolist(), token.total.tolist(), token.mass.tolist()) == ([40], [40], [98])
 
 
 @pytest.mark.parametrize("name", sorted(TOKENIZERS))
@@ -276,6 +308,11 @@ def test_best_threshold_is_the_best_of_all(positive, negative):
         assert accuracy == pytest.approx(
             max(((positive >= o).mean() + 1 - (negative >= o).mean()) / 2 for o in options if o > 0)
         )
+
+
+def test_a_threshold_lies_halfway_down_to_the_next_strength():
+    assert best_threshold(np.array([0.8, 0.6]), np.array([0.2])) == (pytest.approx(0.4), 1)
+    assert best_threshold(np.array([0.8]), np.array([])) == (0, 0.5)  # without negatives there is nothing to choose by
 
 
 @pytest.mark.parametrize(
