@@ -129,7 +129,7 @@ def _title(source: LatentSource, latent: int, language: Language) -> str:
 
 
 def _detected(source: LatentSource, latent: int) -> list[str]:
-    return [row["label"] for row in source.labels.get(latent, []) if (row["f1"] or 0) >= LABEL_SHOWN]
+    return [row["label"] for row in source.labels.get(latent, []) if row["f1"] >= LABEL_SHOWN]
 
 
 COLUMNS: dict[str, Column] = {

@@ -295,10 +295,9 @@ def labels_of(store: Store | None, gold: list[Record]) -> dict[int, list[Record]
     Where a label fails on other words, another language's perhaps, that follows the row in which it holds.
     """
     rows = [row._asdict() for row in store.labels()] if store else []
-    good = (row for row in gold if row["latent"] is not None and (row["f1"] or 0) >= LABEL_SHOWN)
-    rows += [{**row, "source": "gold"} for row in good]
+    rows += [{**row, "source": "gold"} for row in gold if row["f1"] >= LABEL_SHOWN]
     found: dict[int, list[Record]] = {}
-    for row in sorted(rows, key=lambda row: -(row["f1"] or 0.0)):
+    for row in sorted(rows, key=lambda row: -row["f1"]):
         found.setdefault(row["latent"], []).append({name: row.get(name) for name in LABEL_FIELDS})
     for latent, labels in found.items():
         first = {row["label"]: i for i, row in reversed([*enumerate(labels)])}

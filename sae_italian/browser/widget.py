@@ -175,7 +175,7 @@ def _passages(card: Record) -> list[Record]:
 
 def _strong(piece: str, value: float, largest: float) -> str:
     word = piece.strip()
-    return piece.replace(word, f"**{word}**", 1) if word and largest and value >= STRONG * largest else piece
+    return piece.replace(word, f"**{word}**", 1) if word and value >= STRONG * largest else piece
 
 
 def _box(*parts: str) -> str:
@@ -209,7 +209,7 @@ def _marked(segments: list[tuple[str, float]], largest: float) -> str:
         part = escape(shown.encode("utf-8", "replace").decode())
         length += len(text)
         if activation > 0 and part:
-            tint = f"background:rgba(11,107,80,{0.15 + 0.45 * (activation / largest if largest else 0.0):.2f})"
+            tint = f"background:rgba(11,107,80,{0.15 + 0.45 * activation / largest:.2f})"
             part = f'<mark title="{activation:.3g}" style="{tint};color:inherit">{part}</mark>'
         parts.append(part)
     return f'<bdi style="{_BIDI}">{"".join(parts)}{"…" if length > MAX_LETTERS else ""}</bdi>'

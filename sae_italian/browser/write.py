@@ -199,8 +199,7 @@ def _pack_context(context: Record, documents: dict[tuple[str, str], int]) -> lis
     for text, activation in context["segments"]:
         length = len(text.encode("utf-16-le", "surrogatepass")) // 2  # as JavaScript counts
         if activation > 0:
-            level = max(1, round(LEVELS * activation / context["max"])) if context["max"] > 0 else LEVELS
-            spans += [since, length, level]
+            spans += [since, length, max(1, round(LEVELS * activation / context["max"]))]
             since = 0
         else:
             since += length
