@@ -4,8 +4,8 @@ The protocol of SAEBench (Chanin 2409.14507; `feature_absorption_calculator.py`)
 hierarchies of words (a form in its lemma's part of speech or gender: "è" in AUX, "casa" in feminine), and first letters.
 
 1. p: the unit direction of a dense logistic probe for the class, on training words;
-2. S: the latents of the class. Latents are ranked by the positive weights of a sparse probe, and the set grows while the
-   F1 of a probe on it rises by more than 0.03, on the test words, so it is a little high;
+2. S: the latents of the class. Latents are ranked by the positive weights of a sparse probe, and the set grows as long
+   as each one more raises the F1 of a probe on it by more than 0.03, on the test words, so it is a little high;
 3. on test words of the class that the dense probe gets right, with cosine c_j of p and decoder row j, projection a_j c_j,
    A = x p, M the sum over S, T the three largest projections outside S of c_j 0.1 or more:
    fraction = 0 where M >= A or T / A < 0.4, 1 where M <= 0, else min(T, A - M) / (min(T, A - M) + M);
@@ -153,15 +153,15 @@ def parts(
     own = projected[:, latents].sum(axis=1)
     others = np.where(cosine >= LEAST_COSINE, projected, 0.0)
     others[:, latents] = 0.0
-    rest = np.sort(others, axis=1)[:, ::-1][:, :NEXT].clip(min=0).sum(axis=1)
+    rest = np.sort(others, axis=1)[:, ::-1][:, :NEXT].sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         missing = np.minimum(rest, along - own)
         fraction = np.where(own <= 0, 1.0, missing / (missing + own))
-        fraction = np.where((own >= along) | (rest / along < LEAST_RATIO) | (along <= 0), 0.0, fraction).clip(0, 1)
+        fraction = np.where((own >= along) | (rest / along < LEAST_RATIO), 0.0, fraction).clip(0, 1)
         strongest = projected.argmax(axis=1)
         share = projected[np.arange(len(acts)), strongest] / along
     silent = (np.abs(acts[:, latents]) < SILENT).all(axis=1)
-    return fraction, silent & (cosine[strongest] >= LEAST_FULL) & (along > 0) & (share >= LEAST_RATIO)
+    return fraction, silent & (cosine[strongest] >= LEAST_FULL) & (share >= LEAST_RATIO)
 
 
 def _logistic(x: Any, y: Bool[np.ndarray, " n"], penalty: float = 0.0, c: float = 1.0) -> Any:
@@ -180,8 +180,8 @@ def class_latents(
         x = acts[:, order[:n]].toarray()
         found = float(f1(y[~train], _logistic(x[train], y[train]).predict(x[~train])))
         if chosen and found <= best + RISE:
-            continue
-        chosen, best = order[:n].tolist(), max(best, found)
+            break
+        chosen, best = order[:n].tolist(), found
     return chosen, best
 
 

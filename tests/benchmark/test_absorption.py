@@ -1,12 +1,15 @@
 """Absorption: the known answers, letters with accents folded, and SAEs side by side on planted hierarchies."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
 
-from sae_italian.benchmark.absorption import Absorbed, Absorption, class_latents, parts
+from sae_italian.analysis.treebank import Words
+from sae_italian.benchmark.absorption import Absorbed, Absorption, _dense, _Probe, _scored, class_latents, parts
 from sae_italian.benchmark.material import plainly
 from sae_italian.cli import main
 
@@ -25,6 +28,8 @@ ROOT = np.sqrt(0.5)  # p is the first axis, the member's own direction the secon
 def test_known_answers(acts, cosine, fraction, full):
     found = parts(np.array([acts], float), np.array(cosine, float), np.ones(1), [0])
     assert found[0] == pytest.approx([fraction]) and found[1].tolist() == [full]
+    against = parts(np.array([acts], float), np.array(cosine, float), -np.ones(1), [0])
+    assert against[0].tolist() == [0] and against[1].tolist() == [False]  # a token that is not along p at all
 
 
 def test_latents_of_a_class_are_as_many_as_it_splits_into():
@@ -35,6 +40,36 @@ def test_latents_of_a_class_are_as_many_as_it_splits_into():
     acts = scipy.sparse.csr_array(np.column_stack([noise, half, y & ~half]).astype(float))
     latents, found = class_latents(acts, y, np.arange(1200) % 5 != 0)
     assert sorted(latents) == [5, 6] and found == 1
+
+
+def test_a_class_ends_at_the_first_latent_that_brings_nothing(monkeypatch):
+    """SAEBench's `add_feature_splits_to_metrics_df`: what a later one would bring is not looked at."""
+    row, told = np.arange(1200), iter((0.5, 0.52, 0.9))
+    acts = scipy.sparse.csr_array(np.column_stack([row % 6 == i for i in (0, 2, 4)]).astype(float))
+    monkeypatch.setattr("sae_italian.benchmark.absorption.f1", lambda *_: next(told))
+    latents, found = class_latents(acts, row % 2 == 0, row % 5 != 0)
+    assert len(latents) == 1 and found == 0.5
+
+
+def test_scored_are_test_words_that_the_probe_gets_right_whatever_the_decoders_length(monkeypatch):
+    """Half of p is in a latent of the member's own, (c) above, the rows three times as long and a third as active."""
+    row = np.arange(40)
+    child, own = row % 2 == 0, np.array([0.5, np.sqrt(1.25)])
+    words = Words("", ["form=è"], scipy.sparse.csr_array(child[:, None]), row, row < 20, np.stack([row**0, row], 1))
+    probe = _Probe("UPOS=AUX", row % 4 == 0, np.array([1.0, 0.0]), row != 24, 0.9)
+    monkeypatch.setattr("sae_italian.benchmark.absorption.class_latents", lambda *_: ([0], 0.8))
+    sae = SimpleNamespace(W_dec=3 * torch.tensor([[1.0, 0.0], [ROOT / 2**0.5 / own[1], 1 / own[1]]]))
+    (found,) = _scored(sae, scipy.sparse.csr_array(np.tile(own / 3, (40, 1))), words, probe, ["form=è"], "ISDT")
+    assert found.n_words == 4 and found.fraction == pytest.approx(0.5) and found.child == "è"
+
+
+def test_the_probes_direction_is_that_of_the_activations_themselves():
+    """Both dimensions tell the class, one at a hundred times the scale: it needs a hundredth of the weight."""
+    rng, row = np.random.default_rng(0), np.arange(400)
+    y = row % 2 == 0
+    x = (y[:, None] + 0.3 * rng.normal(size=(400, 2))) * [1, 100]
+    probe = _dense(Words("", ["UPOS=AUX"], scipy.sparse.csr_array(y[:, None]), row, row < 300, x), "UPOS=AUX")
+    assert probe.f1 > 0.9 and probe.unit[1] == pytest.approx(probe.unit[0] / 100, rel=0.3)
 
 
 def test_accents_are_folded():
