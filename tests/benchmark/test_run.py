@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, run, saebench
-from sae_italian.benchmark.board import CONTROLS, Entry, ProblemScore, ranks, training_noise
+from sae_italian.benchmark.board import CONTROLS, Difference, Entry, ProblemScore, ranks, training_noise
 from sae_italian.benchmark.pages import SORT, leaderboard, send_to_wandb, write
 from sae_italian.benchmark.probes import Activations, Pooling
 from sae_italian.benchmark.run import contamination
@@ -107,10 +108,18 @@ def test_the_variance_of_a_difference_by_hand(size, variance):
     b = entry_of([[0.7], [0.6]], [{"d": -size}, {}])
     found = compare(a, b)
     assert found.value == pytest.approx(0.2) and found.least == pytest.approx(2.8 * np.sqrt(variance))
-    assert compare(b, a).value == pytest.approx(-0.2) and compare(b, a).distinguishable == found.distinguishable
+    assert compare(b, a).value == pytest.approx(-0.2) and Difference(-0.2, 0.1).distinguishable
     seeded = entry_of([[0.79, 0.81], [0.89, 0.91]], [{"d": 2 * size, "e": -3 * size}, {"d": size}])
     told = compare(seeded, entry_of([[0.7, 0.7], [0.6, 0.6]], [{"d": -size}, {}]))  # an sd of 0.02 / sqrt 2 over seeds
     assert told.least == pytest.approx(2.8 * np.sqrt(variance + 0.0002 / 2))
+
+
+def test_a_rank_is_shared_with_its_first_not_with_whoever_stands_before(monkeypatch):
+    def told(a, b):
+        return SimpleNamespace(distinguishable=b - a > 1)
+
+    monkeypatch.setattr("sae_italian.benchmark.board.compare", told)
+    assert ranks([0, 1, 2, 3]) == [1, 1, 3, 3]  # pyright: ignore[reportArgumentType]
 
 
 def test_a_mean_leaves_out_tasks_of_form_and_selectivity_takes_the_better_control():

@@ -65,7 +65,9 @@ def test_facts_of_a_treebank_are_those_of_its_columns(tmp_path):
 def test_a_copy_is_left_out_and_the_one_for_test_stays(tmp_path):
     for name in ("it_x-ud-train.conllu", "it_x-ud-test.conllu"):
         (tmp_path / name).write_text(TWICE + TWICE, encoding="utf-8")
-    assert [passage.test for passage in once(treebank_passages([tmp_path]))] == [True]
+    some = treebank_passages([tmp_path])
+    assert len({p.document for p in some}) == 2  # a run of sentences that crosses from file to file is two
+    assert [passage.test for passage in once(some)] == [True]
     assert gather([tmp_path], sources=["ud"]).n_copies == 3
 
 

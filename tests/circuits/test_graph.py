@@ -147,6 +147,7 @@ def test_the_frozen_pass_is_the_models_own(model):
         mine = cap * torch.tanh(mine / cap)
     assert torch.allclose(mine[0], logits[0], atol=1e-5) and torch.allclose(mine[1], logits[0], atol=1e-5)
     assert model.config._attn_implementation == name  # left as it was found
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

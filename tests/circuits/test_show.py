@@ -82,6 +82,9 @@ def test_neuronpedias_json_has_what_its_schema_requires(mistral):  # noqa: F811
     jsonschema.validate(found, SCHEMA)
     assert set(found) == {"metadata", "qParams", "nodes", "links"} and found["metadata"]["slug"] == "ciao-bella"
     assert found["metadata"]["prompt_tokens"] == list(graph.tokens)
+    assert (
+        neuronpedia(graph, "È")["metadata"]["slug"] == "graph"
+    )  # of letters that a slug does not take nothing is left
     ids = [node["node_id"] for node in found["nodes"]]
     assert len(set(ids)) == len(ids)
     assert found["links"] and all({link["source"], link["target"]} <= set(ids) for link in found["links"])
@@ -109,10 +112,11 @@ def test_neuronpedias_json_has_what_its_schema_requires(mistral):  # noqa: F811
 
 
 def test_the_last_edges_share_is_of_what_some_input_decides():
-    nodes = (GraphNode("embedding", -1, 1), GraphNode("bias", 0, 1), GraphNode("error", 0, 1), GraphNode("logit", 1, 1))
-    weights = np.array([[3.0, 5.0, -1.0, 0.0]])
-    graph = Graph("p", "m", ("a", "b"), 1, nodes, np.array([3]), weights, weights.sum(1), 0)
-    assert strongest_path(graph) == ([0, 3], 3 / 4)
+    places = (("embedding", -1), ("latent", 0), ("error", 0), ("bias", 0), ("logit", 1))
+    nodes = tuple(GraphNode(kind, layer, 1) for kind, layer in places)
+    weights = np.array([[2.0, 0, 0, 3.0, 0], [1.0, 3.0, -1.0, 7.0, 0]])
+    graph = Graph("p", "m", ("a", "b"), 1, nodes, np.array([1, 4]), weights, weights.sum(1), 1)
+    assert strongest_path(graph) == ([0, 1, 4], 3 / 5)
 
 
 @given(st.integers(0, 200), st.integers(0, 10**6))

@@ -1,12 +1,15 @@
 """What the papers' evaluations read off a cache, against the same worked out densely; and a layer's pictures."""
 
+import copy
+
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
-from sae_italian.papers.measure import moments, strongest
+from sae_italian.papers.measure import curves, moments, strongest
 from sae_italian.papers.report import scores_svg, suite_svg
 
 
@@ -35,6 +38,17 @@ def test_the_strongest_segment_marks_the_latents_own_tokens(small_cache, mini):
         "".join(active).split()
     )
     assert text.replace("«", "").replace("»", "").split() == shown.text.split()
+
+
+def test_a_curve_is_of_tokens_that_nothing_was_fitted_on(identity_sae, monkeypatch):
+    """The first half lies in the dimensions that the SAE writes, the second, which counts, in the others."""
+    half, rows = copy.deepcopy(identity_sae), torch.randn(400, 128, generator=torch.Generator().manual_seed(0))
+    rows[:200, 64:] = rows[200:, :64] = 0
+    half.W_dec.data[:, 64:] *= 1e-3
+    monkeypatch.setattr("sae_italian.papers.measure.held_out", lambda *_: (rows, rows))
+    (curve,) = curves({"half": half}, None, 0).values()  # pyright: ignore[reportArgumentType]
+    assert [point["k"] for point in curve] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert max(point["explained_variance"] for point in curve) < 0.01
 
 
 def estimate(value):
