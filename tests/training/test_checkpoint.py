@@ -116,6 +116,7 @@ def test_only_the_last_is_kept_and_read(tmp_path):
         loop.save()
         assert 0 <= time.monotonic() - loop.saved_at < 60  # from when the minutes to the next are counted
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["100"]
+    (tmp_path / "checkpoints" / "99").mkdir()  # of before, left by a kill
     read = []
     assert loop_of(tmp_path, read=read.append).resume() and read == [tmp_path / "checkpoints" / "100" / "sae"]
 

@@ -281,6 +281,23 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(small_
     assert not (tmp_path / "out").exists()
 
 
+def test_other_settings_that_cannot_work(small_spec, monkeypatch):
+    monkeypatch.setattr(run_module, "is_pretokenized", lambda corpus: True)
+    with pytest.raises(UsageError, match="a pretokenised corpus holds none: set evaluate_corpus"):
+        run_module.check_run(small_spec.model_copy(update={"evaluate_every_tokens": 512}))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="WORLD_SIZE is set: torchrun or Ray has started the processes already"):
+        run_module.check_processes(small_spec, 2)
+
+
+def test_the_seeds_folders_come_by_number(tmp_path):
+    for seed in (10, 9, 2):
+        (tmp_path / "seeds" / f"seed-{seed}").mkdir(parents=True)
+        (tmp_path / "seeds" / f"seed-{seed}" / "sae_weights.safetensors").touch()
+    names = [folder.name for folder in run_module.seed_folders(tmp_path)]
+    assert names == [tmp_path.name, "seed-2", "seed-9", "seed-10"]
+
+
 def test_a_state_that_is_bad_at_the_end_is_not_saved_as_finished(small_spec, tmp_path, monkeypatch):
     poison(monkeypatch, 40, lambda sae: sae.W_dec[0].fill_(float("inf")))
     spec, out = small_spec.model_copy(update={"checkpoint_every_tokens": 10**9}), tmp_path / "out"
@@ -376,6 +393,7 @@ def test_several_saes_on_one_stream_are_what_each_is_alone(small_spec, mini, tra
         first.fit()
     second = group()
     assert second.resume()
+    assert [run.start_loss for run in second.runs.values()] == [run.start_loss for run in first.runs.values()]
     second.fit()
     second.finish()
     assert all(torch.equal(w, weights(tmp_path / hooks[1])[name]) for name, w in weights(trained_sae).items())
