@@ -10,10 +10,11 @@ from sae_lens import SAE
 from safetensors.torch import load_file, save_file
 
 from sae_italian.cli import main
-from sae_italian.evaluation import evaluate
+from sae_italian.evaluation import doctor, evaluate
 from sae_italian.evaluation.doctor import examine
 from sae_italian.models import load_model
-from sae_italian.saes import load_sae
+from sae_italian.saes import load_sae, weights_hash
+from sae_italian.saes.fit import Fit
 from sae_italian.training import load_spec, train
 
 
@@ -51,8 +52,10 @@ def failed(found) -> set[str]:
 
 
 def test_a_healthy_sae_passes_and_its_figures_are_those_of_the_card(sae, mini):
+    before = weights_hash(sae), copy.deepcopy(sae.cfg.to_dict())
     found = report(sae, mini)
     assert not failed(found), found.text()
+    assert (weights_hash(sae), sae.cfg.to_dict()) == before  # the repairs were tried on copies
     names = {check.name for check in found.checks}
     assert names >= {
         "l0",
@@ -89,7 +92,7 @@ def fitting(healthy_folder, mini):
     return threshold, none, report(to_jumprelu(load_sae(healthy_folder), threshold), mini)
 
 
-@pytest.mark.parametrize("factor", [0.2, 6.0])
+@pytest.mark.parametrize("factor", [0.02, 60.0])
 def test_activations_scaled_by_a_constant_on_both_sides(sae, mini, fitting, factor):
     """As if trained on activations `factor` times as large; with a threshold the scale then decides what fires."""
     threshold, _, found = fitting
@@ -151,6 +154,64 @@ def test_windows_without_bos_or_with_two(sae, mini, n_bos, says):
     assert report(sae, mini, tokens=windows(mini, 1)).check("bos").status == "pass"
 
 
+def test_an_sae_that_was_trained_without_bos(sae, mini):
+    def statuses(trained_with: bool | None) -> list[str]:
+        sae.cfg.metadata.prepend_bos = trained_with
+        return [doctor._bos_check(sae, mini, windows(mini, n)).status for n in (0, 1)]
+
+    assert statuses(False) == ["pass", "warn"] and statuses(None) == ["fail", "pass"]  # None: with, as most are
+
+
+def test_which_model_and_revision_an_sae_was_trained_on(sae):
+    def said(trained_on: str, commit: str | None, **facts: str) -> list[tuple[str, str]]:
+        sae.cfg.metadata.model_name, sae.cfg.metadata.model_revision = trained_on, commit
+        return [(check.name, check.status) for check in doctor._model_checks(sae, facts)]
+
+    for name in ("sae-italian-mini", "mini"):
+        assert said(name, "a", name="sae-italian-mini", revision="a") == [("model", "pass")]
+    assert said("mini", "a", name="minerva", revision="b") == [("model", "warn"), ("revision", "warn")]
+    assert said("mini", None, name="sae-italian-mini", revision="b") == [("model", "pass")]
+
+
+def test_how_far_from_k_is_too_far(sae):
+    sample = doctor.measure.Sample(*4 * [torch.empty(0)])
+
+    def statuses(*l0: float) -> list[str]:
+        return [doctor._l0_check(sae, sample, each).status for each in l0]
+
+    assert statuses(16, 13, 19.9, 12, 21, 8.1, 31, 7, 33) == 3 * ["pass"] + 4 * ["warn"] + 2 * ["fail"]
+    sae.cfg.k = sae.cfg.metadata.k = None
+    assert statuses(0.09 * sae.cfg.d_sae, 0.11 * sae.cfg.d_sae) == ["pass", "fail"]
+
+
+def test_dead_latents_are_judged_where_enough_was_seen(sae):
+    def found(n_tokens: int, dead: float):
+        sample = doctor.measure.Sample(*2 * [torch.empty(0)], *2 * [torch.empty(n_tokens, 1)])
+        return doctor._dead_check(sae, sample, Fit(1, 1, 16, dead))
+
+    assert [found(1000, dead).status for dead in (0.4, 0.6, 0.95)] == ["pass", "warn", "fail"]
+    assert found(400, 0.95).status == "pass" and "too few to judge" in found(400, 0.95).found
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ((1.0, 1.2, 3.0), ["pass", "pass"]),
+        ((1.0, 2.0, 3.0), ["pass", "warn"]),
+        ((1.0, 2.7, 3.0), ["pass", "fail"]),
+        ((1.0, 1.2, 1.005), ["pass", "warn"]),  # to zero it costs nothing: no test of the SAE
+        ((3.1, 3.2, 5.0), ["fail", "pass"]),  # ten tokens in equal shares: 2.3 nats
+        ((float("nan"), 1.2, 3.0), ["fail", "fail"]),
+    ],
+)
+def test_losses_are_judged(sae, monkeypatch, losses, said):
+    tokens = torch.arange(10).repeat(40, 6)
+    sums = {name: torch.tensor([each]) for name, each in zip(("ce", "ce_sae", "ce_zero"), losses, strict=True)}
+    monkeypatch.setattr(doctor, "measure_windows", lambda *_, **__: ({"n_loss": torch.ones(1), **sums},))
+    sample = doctor.measure.Sample(tokens, tokens >= 0, torch.empty(0), torch.empty(0))
+    assert [check.status for check in doctor._loss_checks(sae, None, sample, {})] == said
+
+
 @pytest.mark.parametrize(("template", "says"), [("$A", "missing"), ("<s> <s> $A", "doubled")])
 def test_a_tokenizer_that_adds_no_bos_or_two(sae, mini, template, says):
     from tokenizers import processors
@@ -180,7 +241,11 @@ def test_a_decoder_stored_transposed(healthy_folder, tmp_path, capsys):
     save_file(weights | {"W_dec": weights["W_dec"].T.contiguous()}, folder / "sae_weights.safetensors")
     assert main(["saes", "doctor", str(folder)]) == 2
     out = capsys.readouterr()
-    assert "W_dec is transposed" in out.out and "checks failed: weights" in out.err
+    assert (
+        "W_dec is transposed" in out.out
+        and "store W_dec as [d_sae, d_in]" in out.out
+        and "checks failed: weights" in out.err
+    )
 
 
 @pytest.fixture
@@ -260,13 +325,22 @@ def test_the_tokenizer_of_another_model(sae, mini, jsonl):
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(sae, mini):
     tokens = windows(mini, 1)
-    tokens[3, 7] = 40_000
+    tokens[3, 7] = mini.config.vocab_size  # the first that there is not
     check = report(sae, mini, tokens=tokens).check("tokenizer")
     assert check.status == "fail" and "another model" in check.remedy
 
 
 def test_a_random_sae_fails_on_what_it_explains(topk_sae, mini):
-    assert {"explained variance", "explained variance u"} <= failed(report(topk_sae, mini))
+    found = failed(report(topk_sae, mini))
+    assert {"explained variance", "explained variance u"} <= found and "decoder layout" not in found
+
+
+def test_a_layer_is_named_where_it_fits_clearly_better(sae, monkeypatch):
+    def status(here: float, there: float) -> str:
+        monkeypatch.setattr(doctor.measure, "fit_by_layer", lambda *_: {0: there, 2: here})
+        return doctor._layer_check(sae, None, doctor.measure.Sample(*4 * [torch.empty(0)]), {}).status
+
+    assert [status(-9, -3), status(0.1, 0.12), status(0.1, 0.5)] == ["pass", "pass", "fail"]
 
 
 def test_a_transcoder(mini):
@@ -276,6 +350,7 @@ def test_a_transcoder(mini):
     config = TranscoderConfig(d_in=128, d_sae=256, d_out=128, apply_b_dec_to_input=False)
     config.metadata.hook_name, config.metadata.hook_name_out = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
     config.metadata.model_name = "sae-italian-mini"
+    config.metadata.context_size = 4096  # more than the model has
     found = report(Transcoder(config).eval(), mini)
     assert found.n_tokens > 1500 and {check.name for check in found.checks} >= {"hook and layer", "norm scale", "l0"}
 

@@ -214,9 +214,10 @@ def test_the_card_is_saved_and_read_back(trained_sae, mini, tmp_path):
     again = read_card(tmp_path)
     assert again is not None and again.markdown() == card.markdown() and plain(again) == plain(card)
     assert EvaluationCard.from_dict(plain(card)).explained_variance == card.explained_variance
-    (tmp_path / "card.json").write_text("{}")
-    with pytest.raises(DataError, match="sae-italian evaluate"):
-        read_card(tmp_path)
+    for damaged in ({}, plain(card) | {"started_from": {"sae": "x"}}):  # of whose latents nothing is said
+        (tmp_path / "card.json").write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match="sae-italian evaluate"):
+            read_card(tmp_path)
     assert read_card(tmp_path / "nowhere") is None
 
 
@@ -403,12 +404,15 @@ def test_the_card_names_what_stands_out(mini):
     acts[..., 5] *= 40
     tokens = torch.full((4, 64), 50)
     tokens[:, 0] = mini.tokenizer.bos_token_id
+    acts[..., 6] *= 8
     acts[:, 0], acts[2, 7], tokens[2, 7] = 1000, 300, 60
+    acts[3, 0] = 500  # a token is told of by its largest norm
     keep = tokens != mini.tokenizer.bos_token_id
     found = outliers_of(acts, tokens, keep, mini.tokenizer)
     assert [outlier.name for outlier in found.tokens] == mini.tokenizer.convert_ids_to_tokens([int(tokens[0, 0]), 60])
     assert found.bos_norm == pytest.approx(1000 * 32**0.5)
-    assert [outlier.name for outlier in found.dimensions] == ["5"] and found.dimensions[0].times > 100
+    assert found.tokens[0].times == pytest.approx(found.bos_norm / found.median_norm)
+    assert [outlier.name for outlier in found.dimensions] == ["5", "6"] and found.dimensions[0].times > 100
     assert "outlier dimensions 5 " in found.text() and "BOS norm 5,657" in found.text()
     calm = outliers_of(torch.randn(4, 64, 32, generator=generator), tokens, keep, mini.tokenizer)
     assert calm.tokens == () == calm.dimensions and calm.text().endswith("outlier dimensions none")
