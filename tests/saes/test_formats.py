@@ -338,6 +338,24 @@ def test_a_scale_that_is_not_folded_in_is_refused_at_every_door(tmp_path, topk_s
     assert check_fits(unfolded, mini) == unfolded.cfg.metadata.hook_name
 
 
+def test_an_sae_of_sparsify_is_refused_on_a_model_whose_hook_is_another_module(topk_sae, mini):
+    """blocks.2.hook_resid_post is `model.layers.2` here; another model's may be another module's output."""
+    sae = copy.deepcopy(topk_sae)
+    sae.cfg.metadata.source_format, sae.cfg.metadata.hf_hook_name = "sparsify", "layers.2"
+    assert check_fits(sae, mini)
+    sae.cfg.metadata.hf_hook_name = "layers.2.mlp"
+    with pytest.raises(UsageError, match="trained on the output of 'layers.2.mlp', but .* is 'model.layers.2'"):
+        check_fits(sae, mini)
+
+
+def test_an_sae_of_what_cannot_be_replaced_can_be_read_alone(topk_sae, mini):
+    sae = copy.deepcopy(topk_sae)
+    sae.cfg.metadata.hook_name = "blocks.2.ln2.hook_normalized"
+    assert check_fits(sae, mini)
+    with pytest.raises(UsageError, match="writes at blocks.2.ln2.hook_normalized, which can be read but not replaced"):
+        check_fits(sae, mini, writes=True)
+
+
 def test_a_tokenizer_of_more_tokens_than_the_model_has_rows_is_refused(topk_sae, mini, monkeypatch):
     monkeypatch.setattr(mini.config, "vocab_size", 100)
     with pytest.raises(UsageError, match="tokenizer has .* tokens, the model 100 rows"):

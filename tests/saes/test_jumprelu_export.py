@@ -109,6 +109,16 @@ def test_a_threshold_that_differs_by_latent_is_found(apply):
     assert calibrated > 0.97 and calibrated >= one
 
 
+def test_tokens_that_check_the_thresholds_do_not_set_them_and_no_mean_error_is_left():
+    torch.manual_seed(4)
+    x = torch.randn(1000, 32) + 1
+    other = torch.where((torch.arange(1000) % 5 == 4)[:, None], 3 * x, x)  # others to check with
+    one, two = (to_jumprelu(topk(True), each)[0] for each in (x, other))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    seen = x[torch.arange(1000) % 5 != 4]
+    assert (seen - one(seen)).mean(0).abs().max() < 1e-4
+
+
 def test_a_transcoder_is_calibrated_to_its_target():
     torch.manual_seed(1)
     transcoder = TopKTranscoder(TopKTranscoderConfig(d_in=32, d_sae=64, d_out=24, k=4, apply_b_dec_to_input=False))
@@ -146,7 +156,9 @@ def test_a_transcoder_becomes_saelens_own_class(tmp_path, skip):
     assert (loaded(x) - by_hand).abs().max() < 1e-5 * by_hand.abs().max()
 
 
-def test_others_are_refused_in_one_line(identity_sae, mini):
+def test_others_are_refused_in_one_line(identity_sae, mini, jsonl):
+    with pytest.raises(UsageError, match="the heldout split of"):  # 20 of 400 documents
+        held_out_activations(identity_sae, mini, str(jsonl), 10_000)
     with pytest.raises(UsageError, match="architecture is 'standard'; only topk") as error:
         to_jumprelu(identity_sae, torch.randn(100, 128))
     assert "\n" not in str(error.value)

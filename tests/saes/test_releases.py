@@ -152,11 +152,21 @@ def test_what_saelens_cannot_express_is_refused(tmp_path, name, config, message)
         load_sae(folder)
 
 
-def test_a_transposed_decoder_is_named(tmp_path):
+def test_a_transposed_decoder_and_a_setting_that_is_not_there_are_named(tmp_path, monkeypatch):
+    """Of a folder, and of a release, in whose loading SAELens stands between."""
     weights = sparsify_weights(16, 64)
     folder = write_sparsify(tmp_path / "layers.3", weights | {"W_dec": weights["W_dec"].T}, 4)
-    with pytest.raises(DataError, match="W_dec .* transposed"):
-        load_sae(folder)
+    use_cache(monkeypatch, tmp_path / "hub")
+    put_in_cache(tmp_path / "hub", CLIC_IT, tmp_path)
+    for name in (folder, f"{CLIC_IT}:layers.3"):
+        with pytest.raises(DataError, match="W_dec .* transposed"):
+            load_sae(name)
+    config = json.loads((folder / "cfg.json").read_text())
+    del config["k"]
+    (folder / "cfg.json").write_text(json.dumps(config))
+    put_in_cache(tmp_path / "hub", CLIC_IT, tmp_path)
+    with pytest.raises(DataError, match=f"the SAE {CLIC_IT}:layers.3 cannot be read: its files lack 'k'"):
+        load_sae(f"{CLIC_IT}:layers.3")
 
 
 @pytest.fixture
