@@ -114,8 +114,8 @@ def _passages(name: str, one: HubSet, row: Mapping[str, Any], group: str, test: 
                 yield Passage(f"{text} {row[column]}", group, test, {"right": "yes" if i == right else "no"})
         return
     words = []
-    if one.span:  # of the word in the last text, placed in all texts together
-        start = text.rindex(str(row[one.text[-1]]).strip())
+    if one.span:  # of the word in the last text, which all texts together end with, its outer blanks taken off
+        start = len(text) - len(str(row[one.text[-1]]).rstrip())
         first, last = (start + int(row[column]) for column in one.span)
         words = [PlacedWord(first, last, facts)]
     yield Passage(text, group, test, facts, words)

@@ -3,7 +3,7 @@
 import pytest
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.benchmark.hub import HubSet, gather_hub, hub_sets, hub_tasks, read_set
+from sae_italian.benchmark.hub import HubSet, _passages, gather_hub, hub_sets, hub_tasks, read_set
 from sae_italian.benchmark.material import Material
 from sae_italian.benchmark.tasks import SourceTable, plan
 from tests.corpora.hub_stand_in import COMMIT, parquet
@@ -83,6 +83,14 @@ def test_a_word_is_read_in_the_second_sentence_and_a_tagged_one_in_its_place(ser
     wic, ner = (read_set(name, hub_sets()[name])[0][0] for name in ("evalita_wic", "wikineural"))
     assert wic.text[wic.words[0].start : wic.words[0].end] == "cane" and wic.words[0].start > len("Il cane dorme.")
     assert [ner.text[w.start : w.end] for w in ner.words][:3] == ["Anna", "vive", "a"]
+    one = hub_sets()["evalita_wic"]
+    row = {key: cell(key, 0, True) for key in columns_of(one)} | {
+        "sentence2": "  Un cane corre. ",
+        "start2": 5,
+        "end2": 9,
+    }
+    (blank,) = _passages("evalita_wic", one, row, "g", False)
+    assert blank.text[blank.words[0].start : blank.words[0].end] == "cane"  # places are of the text as it stands there
 
 
 def test_the_right_choice_is_told_by_number_or_letter(server):  # noqa: F811
