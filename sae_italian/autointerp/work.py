@@ -123,7 +123,7 @@ class Work:
         """Return the score rows of a latent's rule, its token lookup, the whole rule, and another latent's as control."""
         asked = [Asked(self.judge, known[1], row_id=known[0]) for known in (own, lookup)]
         asked.append(Asked(RuleJudge(self.places, "whole"), own[1], WHOLE, own[0]))
-        if (own[1].rule or {}).get("title"):  # not of a store that is older than titles
+        if (own[1].rule or {}).get("title"):  # a rule that no key makes has none
             asked.append(Asked(RuleJudge(self.places, "title"), own[1], TITLE, own[0], only=HEADLINE))
         if stranger is not None:
             asked.append(Asked(self.judge, stranger[1], SHUFFLED, stranger[0]))

@@ -37,7 +37,8 @@ def test_latents_of_a_class_are_as_many_as_it_splits_into():
     y = np.arange(1200) % 3 == 0
     half = y & (np.arange(1200) % 2 == 0)
     noise = rng.random((1200, 5)) < 0.3
-    acts = scipy.sparse.csr_array(np.column_stack([noise, half, y & ~half]).astype(float))
+    against = ~y & (rng.random(1200) < 0.95)  # the largest weight of all, and below 0
+    acts = scipy.sparse.csr_array(np.column_stack([noise, half, y & ~half, against / 2]).astype(float))
     latents, found = class_latents(acts, y, np.arange(1200) % 5 != 0)
     assert sorted(latents) == [5, 6] and found == 1
 

@@ -15,7 +15,7 @@ import pytest
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, run, saebench
 from sae_italian.benchmark.board import CONTROLS, Difference, Entry, ProblemScore, ranks, training_noise
-from sae_italian.benchmark.pages import SORT, leaderboard, send_to_wandb, write
+from sae_italian.benchmark.pages import SORT, leaderboard, problems, send_to_wandb, write
 from sae_italian.benchmark.probes import Activations, Pooling
 from sae_italian.benchmark.run import contamination
 from sae_italian.benchmark.tasks import LAST_OF, MEAN_OF, chosen, plan
@@ -204,6 +204,8 @@ def test_the_report_says_what_it_can_tell_apart_and_saebench_reads_it(scored):
     assert "http" not in page and "Selettività" in page
     for entry in entries:
         jsonschema.validate(saebench(entry), SCHEMA)
+        marked = [row[1].endswith(" *") for row in problems(entry).rows]  # that few examples say little
+        assert marked == [score.control["n_test"] < 80 for score in entry.scores.values()]
     (file, *_) = (out / "saebench").iterdir()
     written = json.loads(file.read_text())
     assert written["eval_type_id"] not in ("sparse_probing", "sparse_probing_sae_probes")

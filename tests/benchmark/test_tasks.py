@@ -9,6 +9,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.benchmark.material import (
     Passage,
     PlacedWord,
+    _depth,
     gather,
     genre_passages,
     lexicon_passages,
@@ -60,6 +61,11 @@ def test_facts_of_a_treebank_are_those_of_its_columns(tmp_path):
     assert gliel["deprel"] == "iobj+obj" and ho["head"] == "VERB"
     assert detto["aux"] == "avere" and detto["children"] == "obl iobj obj aux punct" and detto["after"] == "punct"
     assert passage.facts["depth"] == "3" and passage.facts["mark"] == "."
+
+
+def test_a_sentence_is_as_deep_as_its_longest_way_to_the_root():
+    chain = {str(i): (str(i), *[""] * 5, str(i - 1)) for i in range(1, 6)}
+    assert _depth(chain) == 5 and _depth({**chain, "1": ("1", *[""] * 5, "5")}) == 6  # a circle is not followed
 
 
 def test_a_copy_is_left_out_and_the_one_for_test_stays(tmp_path):
@@ -178,6 +184,9 @@ def test_each_value_makes_a_task_and_names_say_it():
         ("G-b", "genre b", "genere b", True),
     ]
     assert made[0].positive == {"genre": "(.* )?a( .*)?"}
+    dotted = {"id": "G", "en": "{}", "it": "{}", "each": {"genre": ["it.web"]}}
+    (dotted,) = read_tasks({"family": "f", "source": "s", "unit": "text", "tasks": [dotted]})
+    assert dotted.positive == {"genre": r"(.* )?it\.web( .*)?"}  # a value is no pattern
 
 
 def test_there_are_fifty_tasks_and_twelve_are_quick():
