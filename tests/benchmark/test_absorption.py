@@ -23,6 +23,7 @@ ROOT = np.sqrt(0.5)  # p is the first axis, the member's own direction the secon
         ([1, 1], [1, 0], 0, False),  # (b) latent 1 fires, latent 2 is c alone
         ([0.5, np.sqrt(1.25)], [1, 0.5 / np.sqrt(1.25)], 0.5, False),  # (c) half of it is in latent 2
         ([0, 0], [1, ROOT], 0, False),  # (d) nothing fires
+        ([0.5, 0.1], [1, 0.5], 0, False),  # (e) latent 1 holds half, the rest is in no latent
     ],
 )
 def test_known_answers(acts, cosine, fraction, full):
@@ -112,6 +113,8 @@ def test_pairs_of_one_member_count_once_in_the_interval():
         Absorption({"sae": pairs}, {"sae": 8.0}, (3, 21)).means()["sae"]["fraction"] for pairs in (once, often)
     )
     assert few == pytest.approx(many), "the same words four times are no more evidence"
+    unread = [*once, once[0]._replace(child="x", fraction=float("nan"))]  # no word of it is read right
+    assert Absorption({"sae": unread}, {"sae": 8.0}, (3, 21)).means()["sae"]["fraction"] == pytest.approx(few)
 
 
 def test_the_command_on_the_mini_model(trained_sae, tmp_path, capsys, monkeypatch):

@@ -57,6 +57,7 @@ def test_neurons_do_what_the_dense_probe_does_and_form_does_not(scored):
     assert negation.means("auc")["16"] > 0.8 and negation.control["dense"]["auc"] > 0.9
     # a minimal pair differs in its last word, whose characters say nothing of the determiner before
     assert neurons.scores["P2-number-last"].control["form"]["auc"] < 0.75
+    assert any(len(set(score.own["auc"]["16"])) == 2 for score in neurons.scores.values())  # each seed draws its own
     for score in neurons.scores.values():
         assert abs(np.mean(score.own["permuted"]) - 0.5) < 0.15
         assert score.own["interval"]["16"][0] <= score.own["auc"]["16"][0] <= score.own["interval"]["16"][1]
@@ -319,6 +320,7 @@ def test_a_tokenizer_that_splits_every_word_is_read_at_the_words_end(monkeypatch
     pool = Pooling(acts, [text], [(0, 7), (0, MEAN_OF), (0, LAST_OF)])
     dense = pool.dense()
     assert dense[pool.rows[0, 7]].argmax() == 5 and dense[pool.rows[0, LAST_OF]].argmax() == 11  # ends of casa, bella
+    assert Pooling(acts, [text], [(0, 1)]).ids.tolist() == [[0, -1]]  # nothing stands before the first token
     assert dense[pool.rows[0, MEAN_OF]].tolist() == pytest.approx([1 / 12] * 12 + [0])  # without the final mark
 
 
