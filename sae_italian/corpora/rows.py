@@ -135,7 +135,7 @@ def rows(shard: TextFile, columns: Sequence[str], start: int = 0) -> Iterator[Ro
     A file that cannot be read on ends with a row that says so. Raises: UsageError when the hub refuses.
     """
     try:
-        with nullcontext() if shard.is_local else explained(shard.corpus, "/".join(str(shard).split("/")[:2])):
+        with nullcontext() if shard.is_local else explained(shard.corpus, str(shard).partition("@")[0]):
             yield from READERS[shard.kind](shard, columns, start)
     except _NoText as error:
         yield Row(None, Broken("other_schema", f"{shard}{error}"))
