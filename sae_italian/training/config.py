@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY as KNOWN
 
 from sae_italian.base.errors import DataError, UsageError, nearest
@@ -146,8 +147,6 @@ class RunSpec(BaseModel):
         model_config = load_model_config(self.model)
         check_context(self.context_size, model_config)
         d_in, k = model_config.hidden_size, given.get("k", getattr(config_class, "k", None))
-        if given.get("d_in", d_in) != d_in:
-            raise UsageError(f"sae.d_in is {given['d_in']}, but {self.model} has {d_in}. Remove the key.")
         if "d_sae" not in given:
             raise UsageError(f"sae.d_sae is missing: the number of latents, e.g. {16 * d_in}.")
         if k is not None and not 0 < k < given["d_sae"]:
@@ -155,6 +154,11 @@ class RunSpec(BaseModel):
         transcodes = "d_out" in config_class.__dataclass_fields__
         self._check_hooks(model_config, transcodes)
         widths = {"d_in": d_in, "d_out": d_in} if transcodes else {"d_in": d_in}
+        if wrong := [key for key in widths if given.get(key, d_in) != d_in]:
+            raise UsageError(f"sae.{wrong[0]} is {given[wrong[0]]}, but {self.model} has {d_in}. Remove the key.")
+        nested = given.get("matryoshka_widths", [] if "matryoshka_widths" in config_class.__dataclass_fields__ else [1])
+        if not nested or nested != sorted(width for width in {*nested} if 0 < width <= given["d_sae"]):
+            raise UsageError(f"sae.matryoshka_widths is {nested}; numbers that rise to sae.d_sae were expected.")
         try:
             return config_class(**{"dtype": "float32"} | given | widths | {"device": self.device})
         except ValueError as error:  # of SAELens' own checks
@@ -167,16 +171,19 @@ class RunSpec(BaseModel):
         if not isinstance(name, str) or name not in KNOWN:
             raise UsageError(f"sae.architecture {name!r} is unknown. {nearest(str(name), KNOWN)}")
         config_class = self._config_class(name, given)
-        valid = sorted(field.name for field in fields(config_class) if field.name != "metadata")
+        valid = sorted({field.name for field in fields(config_class)} - {"metadata", "device"})
         # our tied SAE and transcoders know no other; with the auxiliary loss no token has a scale of its own
         n_scales = 2 if name == "tied" or "d_out" in valid else 3 if "aux_loss_coefficient" in valid else 4
+        # SAELens' gated SAE multiplies the activations, in the model's dtype, by its weights
+        dtypes = tuple(each for each in DTYPE_MAP if name != "gated" or self.dtype != "float32" or "16" not in each)
         ours = {"reshape_activations": Literal["none"], "normalize_activations": Literal[SCALES[:n_scales]]}
-        kinds: dict[str, Any] = get_type_hints(config_class) | ours | {"d_sae": Count}
+        ours |= {"d_sae": Count, "dtype": Literal[dtypes], "jumprelu_bandwidth": Annotated[float, Field(gt=0)]}
+        kinds: dict[str, Any] = get_type_hints(config_class) | ours
         for key, value in given.items():
             if key not in valid:
                 raise UsageError(f"unknown key 'sae.{key}' for architecture {name!r}. {nearest(key, valid)}")
             try:
-                given[key] = TypeAdapter(kinds[key]).validate_python(value)
+                given[key] = TypeAdapter(kinds[key], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
             except ValidationError as error:
                 raise refusal(error, f"config key 'sae.{key}'") from error
         if self.k_anneal_share:

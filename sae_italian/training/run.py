@@ -95,7 +95,7 @@ def _claimed(folder: Path, kind: str, spec: RunSpec | SuiteSpec, **how: Any) -> 
 
 def seed_folders(folder: Path) -> list[Path]:
     """Return the folders of all seeds that were trained into one: itself, and those in its `seeds/`, by number."""
-    others = [each.parent for each in folder.glob(f"{SEEDS}/*/{WEIGHTS}")]
+    others = (weights.parent for weights in folder.glob(f"{SEEDS}/*/{WEIGHTS}"))
     return [folder, *sorted(others, key=lambda each: int(each.name.rpartition("-")[2]))]
 
 
@@ -182,11 +182,14 @@ def check_run(spec: RunSpec) -> None:
             raise UsageError("from_pretrained_path goes with neither shard_latents nor seeds. Leave one of them out.")
         Origin(spec)
     check_corpus(spec.corpus, text_column=spec.text_column)
+    batch, ramps = spec.train_batch_size_tokens, spec.lr_warm_up_steps + spec.lr_decay_steps
     for key in ("training_tokens", "buffer_tokens"):
-        if getattr(spec, key) < spec.train_batch_size_tokens:
-            raise UsageError(
-                f"{key} is {getattr(spec, key)}, less than one batch of {spec.train_batch_size_tokens}. Raise it."
-            )
+        if getattr(spec, key) < batch:
+            raise UsageError(f"{key} is {getattr(spec, key)}, less than one batch of {batch}. Raise it.")
+    if spec.lr_scheduler_name != "constant" and ramps >= (steps := spec.training_tokens // batch):
+        raise UsageError(
+            f"lr_warm_up_steps and lr_decay_steps leave {spec.lr_scheduler_name} none of {steps} steps. Lower them."
+        )
     if spec.evaluate_every_tokens and is_pretokenized(spec.evaluate_corpus or spec.corpus):
         raise UsageError(
             "evaluate_every_tokens needs held-out text, and a pretokenised corpus holds none: set evaluate_corpus."
@@ -239,10 +242,9 @@ def on_this_machine(spec: RunSpec, n: int, arguments: Sequence[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
-        told: Any = {rank: Std.ALL if rank else Std.OUT for rank in range(n)}  # into files
         config = LaunchConfig(
             *(1, 1, n),
-            logs_specs=DefaultLogsSpecs(folder, redirects=told),
+            logs_specs=DefaultLogsSpecs(folder, redirects={rank: Std.ALL if rank else Std.OUT for rank in range(n)}),
             run_id="training",
             rdzv_backend="c10d",
             rdzv_endpoint="127.0.0.1:0",
@@ -284,13 +286,12 @@ def on_ray(spec: RunSpec, n: int, out: Path, address: str | None, **how: bool) -
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpu = spec.device.startswith("cuda")
-    torch_config = TorchConfig(GPU_BACKEND if gpu else "gloo", timeout_s=round(spec.process_timeout_seconds))
     given = {"spec": spec.model_dump(mode="json"), "out": str(out.resolve()), **how}
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
             train_on_worker,
             train_loop_config=given,
-            torch_config=torch_config,
+            torch_config=TorchConfig(GPU_BACKEND if gpu else "gloo", timeout_s=round(spec.process_timeout_seconds)),
             scaling_config=ScalingConfig(num_workers=n, use_gpu=gpu),
             run_config=RunConfig(name="training", storage_path=folder),
         )

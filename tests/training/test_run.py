@@ -266,6 +266,7 @@ def test_a_bad_state_never_replaces_the_good_checkpoint(small_spec, tmp_path, mo
     ("changes", "message"),
     [
         ({"buffer_tokens": 256}, "buffer_tokens is 256, less than one batch of 512"),
+        ({"lr_scheduler_name": "cosineannealing", "lr_decay_steps": 999}, "leave cosineannealing none of [0-9]+ steps"),
         ({"seqpos_slice": [500, 600]}, "keeps no position of a window of 128 tokens"),
         ({"seeds": 2, "from_pretrained_path": "x"}, "goes with neither shard_latents nor seeds. Leave one"),
         ({"training_tokens": 100}, "training_tokens is 100, less than one batch of 512"),
