@@ -25,7 +25,7 @@ from sae_italian.base.report import INK, OURS, REFERENCE, svg
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
 from sae_italian.base.storage import read_yaml
 from sae_italian.corpora.rows import read_rows
-from sae_italian.models.activations import check_context, continuation_log_probs, logits_at
+from sae_italian.models.activations import check_context, check_model, continuation_log_probs, logits_at
 from sae_italian.models.catalogue import resolve
 
 CHANCE = 0.5
@@ -82,7 +82,7 @@ def score_choices(model: Any, tokenizer: Any, items: Sequence[tuple[str, str, st
     if not items:
         raise UsageError("there is no sentence to be scored; ask for 1 or more.")
     texts = [[tokenizer(text).input_ids for text in item[:2]] for item in items]
-    check_context(max(len(tokens) for two in texts for tokens in two), model.config)
+    check_context(max(len(tokens) for two in texts for tokens in two), check_model(model).config)
     found: list[Float[np.ndarray, "some 2"]] = []
     for first in paced(
         range(0, len(texts), BATCH), "pairs of texts", len(texts), "pair", size=lambda _: len(found[-1])

@@ -32,6 +32,13 @@ def check_context(context_size: int, config: Any) -> int:
     return context_size
 
 
+def check_model(model: Any) -> Any:
+    """Return a model of transformers that has its tokenizer. Raises: UsageError for another, as TransformerLens'."""
+    if hasattr(model, "run_with_cache") or not (hasattr(model, "config") and hasattr(model, "tokenizer")):
+        raise UsageError(f"the model is a {type(model).__name__}; give one of transformers, as load_model(name) does.")
+    return model
+
+
 def resolve_hook(model: nn.Module, hook_name: str) -> tuple[Hook, nn.Module]:
     """Return the Hook and its Hugging Face module.
 

@@ -74,9 +74,8 @@ def load_model(
         from sae_italian.models.loud import LoudBridge
 
         kept: Any = {"hf_model": model, "tokenizer": tokenizer, "device": device, "dtype": model.dtype}
-        model = LoudBridge.boot_transformers(resolved.load_from, **kept)
+        model = LoudBridge.boot_transformers(resolved.load_from, **kept).eval()
         model.cfg.model_name = resolved.saved_name
-        model = model.eval()
     elif backend == "hooked":
         n_positions = context or min(longest or HOOKED_CONTEXT, HOOKED_CONTEXT)
         model = _load_hooked(resolved, model, tokenizer, device, n_positions)
@@ -96,8 +95,7 @@ def load_model_config(name: str | Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     config = _fetch(AutoConfig.from_pretrained, resolve(name))
-    width = getattr(config, "hidden_size", None)
-    if not isinstance(width, int):
+    if not isinstance(width := getattr(config, "hidden_size", None), int):
         raise UsageError(
             f"{name} has no one hidden_size (its config says {width}), so no SAE fits all of its layers. "
             "Use a language model of one width; of one that also sees, its text model."
@@ -145,15 +143,14 @@ def device_of(name: str) -> str:
         )
     if not here.get(kind, True):
         raise UsageError(f"device {name!r} is not on this machine (torch sees none). Use cpu or auto.")
-    return name
+    return str(name)  # a torch.device too, which safetensors does not know
 
 
 def _loaded_from(resolved: ResolvedModel, model: Any, backend: str, dtype: str) -> dict[str, Any]:
     """Return what was loaded, for metadata; warn about every difference between catalogue and config."""
     from huggingface_hub import try_to_load_from_cache
 
-    differences = config_differences(resolved.entry, model.config)
-    if differences:
+    if differences := config_differences(resolved.entry, model.config):
         warnings.warn(f"{resolved.saved_name}: {'; '.join(differences)}. The loaded config is used.", stacklevel=3)
     commit = None  # of the hub's repository
     if not Path(resolved.load_from).is_dir():
@@ -222,8 +219,7 @@ def _copy_rotary(model: Any, hooked: Any, context: int) -> None:
     rotary = next((m for m in model.modules() if hasattr(m, "inv_freq") and hasattr(m, "attention_scaling")), None)
     if rotary is None:
         return
-    angles = torch.arange(context, dtype=torch.float32)[:, None] * rotary.inv_freq.float().cpu()[None, :]
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = torch.arange(context, dtype=torch.float32)[:, None] * rotary.inv_freq.float().cpu().repeat(2)
     for block in hooked.blocks:
         for name, values in (("rotary_sin", angles.sin()), ("rotary_cos", angles.cos())):
             old = getattr(block.attn, name)  # [positions, rotary_dim], which TransformerLens grows

@@ -187,10 +187,10 @@ def check_sae(sae: Any, name: str = "the SAE") -> None:
 
 def check_hooks(sae: Any, model: Any, *, writes: bool = False) -> str:
     """Return the SAE's hook name if model and SAE belong together there. Raises: UsageError."""
-    from sae_italian.models.activations import resolve_hook
+    from sae_italian.models.activations import check_model, resolve_hook
 
     hook_name, hook_out = hooks_of(sae)
-    cfg, d_model = sae.cfg, model.config.hidden_size
+    cfg, d_model = sae.cfg, check_model(model).config.hidden_size
     path, trained_at = resolve_hook(model, hook_name)[0].module_path(model.config), cfg.metadata.hf_hook_name
     there = f"it was trained on {cfg.metadata.model_name!r}. Use that model."
     wrong = ""

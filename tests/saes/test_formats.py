@@ -356,6 +356,30 @@ def test_an_sae_of_what_cannot_be_replaced_can_be_read_alone(topk_sae, mini):
         check_fits(sae, mini, writes=True)
 
 
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_a_model_of_transformerlens_is_refused_at_every_door(tmp_path, topk_sae, backend):
+    """Ours too, `load_model(name, "hooked")`: some of these calls worked on a bridge, others ended in an AttributeError."""
+    from sae_italian import build_cache, evaluate, load_model
+    from sae_italian.analysis import ioi_pairs, ioi_score, steer, words_for
+
+    model = load_model("sae-italian-mini", backend)
+    pairs = ioi_pairs(2, model.tokenizer, words_for("sae-italian-mini"))
+    for door in (
+        lambda: evaluate(topk_sae, model, "micro-italiano", n_tokens=100),
+        lambda: build_cache(topk_sae, model, "micro-italiano", tmp_path / "cache", n_tokens=100),
+        lambda: steer(model, model.tokenizer, topk_sae, "Ciao", 0, [1.0]),
+        lambda: ioi_score(model, model.tokenizer, pairs),
+    ):
+        with pytest.raises(
+            UsageError, match="the model is a Loud(Hooked|Bridge); give one of transformers, as load_model"
+        ):
+            door()
+
+
+def test_a_device_may_be_torchs_own(trained_sae):
+    assert load_sae(trained_sae, device=torch.device("cpu")).cfg.device == "cpu"
+
+
 def test_a_tokenizer_of_more_tokens_than_the_model_has_rows_is_refused(topk_sae, mini, monkeypatch):
     monkeypatch.setattr(mini.config, "vocab_size", 100)
     with pytest.raises(UsageError, match="tokenizer has .* tokens, the model 100 rows"):
