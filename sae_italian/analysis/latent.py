@@ -290,11 +290,11 @@ def steer(
     at the model's EOS.
     Raises: UsageError for an unknown latent, no strengths, an empty or too long prompt, and as `edit_hooks`.
     """
-    if not strengths or not sum(map(abs, strengths)) < float("inf") or n_new_tokens < 1 or not temperature >= 0:
+    every = [0.0, *map(float, strengths)]
+    if len(every) == 1 or not sum(map(abs, every)) < float("inf") or n_new_tokens < 1 or not temperature >= 0:
         raise UsageError("steering needs at least one finite strength, one new token, a temperature of 0 or more.")
     start = _start(model, tokenizer, sae, prompt, latent, n_new_tokens)
-    all_strengths = [0.0, *map(float, strengths)]
-    added = torch.tensor(all_strengths, device=model.device)[:, None, None] * unit * start.direction
+    added = torch.tensor(every, device=model.device)[:, None, None] * unit * start.direction
     everywhere = added * ~special(start.tokens, tokenizer)[..., None]
     last = torch.full((len(added),), start.tokens.shape[1] - 1, device=added.device)
     first = _logits_with(model, start, everywhere, last).log_softmax(-1)
@@ -315,7 +315,7 @@ def steer(
 
     means = [total / len(new) for new, total in zip(written, log_p, strict=True)]
     found = []
-    for strength, new, mean, kl in zip(all_strengths, written, means, divergence, strict=True):
+    for strength, new, mean, kl in zip(every, written, means, divergence, strict=True):
         text, pieces = decoded(before + new)[len(decoded(before)) :], tuple(token_text(tokenizer, new))
         found.append(Continuation(strength, text, pieces, mean, means[0] - mean, repeat_rate(new), kl))
     activation = float(start.activation.max())

@@ -151,6 +151,11 @@ def test_bad_input_is_refused_in_one_line(mini, topk_sae, arguments, said):
     assert "\n" not in str(error.value)
 
 
+def test_strengths_may_be_an_array(mini, topk_sae):
+    found = steer(mini, mini.tokenizer, topk_sae, PROMPT, 1, torch.tensor([1.0, 2.0]).numpy(), 1)
+    assert [each.strength for each in found.steered] == [1.0, 2.0]
+
+
 def test_an_sae_that_writes_no_fixed_direction_is_refused(mini, topk_sae):
     sae = copy.deepcopy(topk_sae)
     sae.cfg.normalize_activations = "layer_norm"
