@@ -37,7 +37,7 @@ def run_autointerp(
     tokenizer: Any,
     config: AutointerpConfig | None = None,
     *,
-    store: Path | None = None,
+    store: str | Path | None = None,
     sae: Any = None,
     explainers: Sequence[Explainer] = (),
     judges: Sequence[Judge] = (),
@@ -56,7 +56,7 @@ def run_autointerp(
     another process works in its folder.
     """
     config = config or AutointerpConfig()
-    store = store or cache.folder / STORE_FILE
+    store = Path(store or cache.folder / STORE_FILE)
     work = Work(cache, tokenizer, config, sae)
     with locked(store.parent), Store(store, cache_identity(cache) | asdict(config)) as opened:
         run = Run(work, opened)

@@ -89,9 +89,9 @@ class AutointerpSummary:
         return plain(self)
 
 
-def summarise(path: Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> AutointerpSummary:
+def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> AutointerpSummary:
     """Return the summary of a store for one explainer and judge, the rules and the rule judge by default."""
-    with Store(path, {}) as store:
+    with Store(Path(path), {}) as store:
         statuses = [explanation.status for _, explanation in store.explanations(explainer).values()]
         enough = len(statuses) >= ENOUGH or stored_config(store).latents is None
         own, lookup = _Scores(store, explainer, judge), _Scores(store, LOOKUP, RULE)

@@ -152,12 +152,12 @@ def training_noise(entries: Iterable[Entry]) -> dict[str, tuple[float, int]]:
     return {name: (float(np.std(values, ddof=1)), len(values)) for name, values in found.items()}
 
 
-def read_entries(folder: Path) -> list[Entry]:
+def read_entries(folder: str | Path) -> list[Entry]:
     """Return the SAEs of a benchmark's folder, or of all that lie below one, best first.
 
     Raises: UsageError when there is none.
     """
-    files = [folder / SETTINGS] if (folder / SETTINGS).is_file() else sorted(folder.glob(f"*/{SETTINGS}"))
+    files = [*Path(folder).glob(SETTINGS)] or sorted(Path(folder).glob(f"*/{SETTINGS}"))
     with understood(f"a result in {folder}", "Run that benchmark again with --overwrite.", OSError):
         entries = [entry for file in files for entry in _entries(file.parent, read_json(file))]
         if not entries:

@@ -242,16 +242,16 @@ def full_values(arrays: dict[str, np.ndarray], begin: int = 0, end: int | None =
     return value
 
 
-def verify(folder: Path, manifest: Manifest, *, contents: bool = True) -> None:
+def verify(folder: str | Path, manifest: Manifest, *, contents: bool = True) -> None:
     """Compare every file with its checksum, or look only whether it is there.
 
     Raises: DataError naming the first file that is missing or differs.
     """
     for file, digest in manifest.files().items():
-        if not (folder / file).is_file():
-            raise DataError(f"{folder / file} is missing. Build the cache again, or restore the file.")
+        if not (path := Path(folder) / file).is_file():
+            raise DataError(f"{path} is missing. Build the cache again, or restore the file.")
         if contents:
-            check_file(folder / file, digest)
+            check_file(path, digest)
 
 
 def check_file(path: Path, digest: str) -> None:

@@ -186,9 +186,9 @@ class EvaluationCard:
         return lines
 
 
-def read_card(folder: Path) -> EvaluationCard | None:
+def read_card(folder: str | Path) -> EvaluationCard | None:
     """Return the card that lies in an SAE's folder, None where there is none. Raises: DataError for one cut short."""
-    file = folder / CARD_JSON
+    file = Path(folder) / CARD_JSON
     if not file.is_file():
         return None
     with understood(file, f"Make it again: sae-italian evaluate {folder}"):

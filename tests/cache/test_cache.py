@@ -400,3 +400,18 @@ def test_a_context_longer_than_the_models(mini, topk_sae, tmp_path):
     with pytest.raises(UsageError, match="512 positions"):
         build_cache(topk_sae, mini, "micro-italiano", tmp_path / "x", n_tokens=1000, context_size=1024)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_path_may_be_a_text_wherever_a_notebook_gives_one(small_cache, mini, tmp_path):
+    from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
+    from sae_italian.benchmark import read_entries
+    from sae_italian.cache import verify
+    from sae_italian.evaluation import read_card
+
+    cache = FeatureCache.open(str(small_cache))
+    verify(str(small_cache), cache.manifest)
+    assert read_card(str(tmp_path)) is None
+    store = run_autointerp(cache, mini.tokenizer, AutointerpConfig(latents=2), store=str(tmp_path / "store.sqlite"))
+    assert summarise(str(store)) == summarise(store)
+    with pytest.raises(UsageError, match="holds no results"):
+        read_entries(str(tmp_path))
