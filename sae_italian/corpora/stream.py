@@ -230,7 +230,7 @@ class CorpusStream:
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in self.counts.dropped.items())
         which = "" if split == "all" else f"the {split} split of "
         raise UsageError(
-            f"{which}corpus {self.corpus!r} has no document with text in it{f' ({dropped})' if dropped else ''}."
+            f"{which}corpus {self.corpus!r} has no document with text in it ({dropped or 'it is empty'}). Name another."
         )
 
     def _pick(self) -> int:

@@ -35,7 +35,7 @@ def test_show_prints_documents_and_refuses_what_is_broken(capsys, jsonl, tmp_pat
     assert code == 0 and "Addio." in out
     (tmp_path / "b.jsonl").write_text("")
     code, _, err = run(capsys, "corpora", "show", tmp_path / "b.jsonl")
-    assert code == 2 and "has no document with text in it" in err and err.count("\n") == 1
+    assert code == 2 and "has no document with text in it (it is empty). Name another." in err and err.count("\n") == 1
     for word, message in (
         ("splitt=all", "Did you mean 'split'"),
         ("seed=due", "seed is 'due'; it should be a valid integer"),
