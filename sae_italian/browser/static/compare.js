@@ -5,7 +5,7 @@ const loaded = new WeakMap();
 function openOther(compare) {
   if (!loaded.has(compare)) {
     loaded.set(compare, Promise.all([compare.matches(), compare.source.rows(), compare.source.run()]).then(([matches, columns, run]) =>
-      ({ matches, run, rows: new Map(rowsOf(columns).map((row) => [row.latent, row])) })));
+      ({ matches, run, rows: new Map(rowsOf(columns).map((row) => [row.latent, row])) })).catch((error) => { loaded.delete(compare); throw error; }));
   }
   return loaded.get(compare);
 }
@@ -32,7 +32,7 @@ function compareView(ctx, compare, row) {
     ctx.state.comparing = section.open;
     if (!section.open || asked) return;
     asked = true;
-    fillOther(ctx, compare, row, holder).catch((error) => holder.replaceChildren(failure(ctx, error)));
+    fillOther(ctx, compare, row, holder).catch((error) => { asked = false; holder.replaceChildren(failure(ctx, error)); });
   };
   section.addEventListener("toggle", open);
   if (section.open) open();
