@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 from sae_italian.browser.page import COLUMNS, Record
@@ -151,9 +152,13 @@ def _segments(
     return pieces
 
 
+@cache
+def _sentences_with(planted: Planted) -> list[str]:
+    return [sentence for sentence in SENTENCES if any(map(planted.fires, WORD.findall(sentence)))] or SENTENCES
+
+
 def _context(planted: Planted, rng: random.Random, top: float) -> Record:
-    home = [sentence for sentence in SENTENCES if any(planted.fires(w) for w in WORD.findall(sentence))] or SENTENCES
-    text = " ".join([rng.choice(SENTENCES), rng.choice(home)])
+    text = " ".join([rng.choice(SENTENCES), rng.choice(_sentences_with(planted))])
     segments = _segments(text, planted, rng, top)
     source = rng.choice(["wikipedia-it", "cultura-x-it", "gazzetta-ufficiale"])
     return {
