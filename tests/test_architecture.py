@@ -151,16 +151,15 @@ def test_other_libraries_tables_are_touched_in_one_place():
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def options():
-    """Yield (command, argument) of every command."""
-    app = command_line.build()
+@cache
+def options() -> list:
+    """Return (command, argument) for every argument of every command."""
+    app, found = command_line.build(), []
     for command in command_line.COMMANDS:
         _, apps, _ = app.parse_commands(command.split())
-        for option in apps[-1].assemble_argument_collection(
-            default_parameter=app.default_parameter, parse_docstring=True
-        ):
-            if option.name != "*":
-                yield command, option
+        its = apps[-1].assemble_argument_collection(default_parameter=app.default_parameter, parse_docstring=True)
+        found += [(command, option) for option in its if option.name != "*"]
+    return found
 
 
 def is_option(argument) -> bool:
