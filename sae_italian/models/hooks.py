@@ -32,7 +32,7 @@ SITES: dict[Site, str] = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "ho
 _PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.([0-9]+)(?:\.(self_attn|attn|attention|mlp))?")
 _OUTPUTS = {None: "hook_resid_post", "mlp": "hook_mlp_out"}  # by the part in a path; else the attention's
 _LLAMA = {"": "", "attn": ".self_attn", "mlp": ".mlp", "ln2": ".post_attention_layernorm"}
-_adapters: dict[int, tuple[Any, Any]] = {}  # by a config's id: the config, which keeps it, its adapter
+_adapters: dict[str, Any] = {}  # by what a config says: it is read anew for each SAE, and an adapter takes long
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Hook:
 
 def adapter_of(config: Any) -> Any:
     """Return TransformerLens' architecture adapter for a model's config. Raises: UsageError for an unknown family."""
-    if id(config) not in _adapters:
+    if (said := f"{config.model_type} {vars(config)}") not in _adapters:
         from transformer_lens.config import TransformerBridgeConfig
         from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
         from transformer_lens.model_bridge.sources import transformers as source
@@ -103,8 +103,8 @@ def adapter_of(config: Any) -> Any:
             ) from error
         bridge = TransformerBridgeConfig.from_dict(vars(source.map_default_transformer_lens_config(config)))
         bridge.architecture = architecture
-        _adapters[id(config)] = (config, ArchitectureAdapterFactory.select_architecture_adapter(bridge))
-    return _adapters[id(config)][1]
+        _adapters[said] = ArchitectureAdapterFactory.select_architecture_adapter(bridge)
+    return _adapters[said]
 
 
 def parse_hook_name(name: str, n_layers: int | None = None) -> Hook:
