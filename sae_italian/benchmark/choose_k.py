@@ -39,7 +39,7 @@ SHARES = {"d/8": 8, "d/4": 4, "d/2": 2}  # N of the proxy, by what the dictionar
 DECIDING = ("d/8", "d/4")  # N under d/2, as in their notebook: half of all projections are noise about 0
 BATCH_ELEMENTS = 2**22  # projections of one batch: 4,096 tokens of 1,024 latents
 PROBED = 150  # documents of MicroItaliano whose words the probes read, half of them in training
-PROBES = ("sparse 1", "sparse 20")  # of analysis/detect: logistic on one latent, and on twenty
+PROBES = {"sparse 1": 1, "sparse 20": 20}  # of analysis/detect: logistic on so many latents
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,8 @@ def _measured(runs: Mapping[str, RunSpec], folders: Mapping[str, Path], x: Tenso
         sae, spec = load_sae(folders[name]), runs[name]
         how, acts = fit(sae, x, x), encode_words(sae, words.x)
         probes: dict[str, list[float]] = {method: [] for method in PROBES}
-        for found in sparse_probes(task, acts, acts, name):
-            probes.get(found.method, []).append(found.auroc.value)
+        for found in sparse_probes(task, acts, acts, name, PROBES.values()):
+            probes[found.method].append(found.auroc.value)
         auroc = {method: float(np.mean(values)) for method, values in probes.items()}
         numbers = how.l0, how.explained_variance, how.dead, projections(sae, x), auroc
         trials.append(Trial(spec.sae["k"], spec.seed, *numbers))
