@@ -414,4 +414,4 @@ def test_names_are_answered_within_a_second(command):
         f"import sys; from sae_italian.cli import main; main({command!r});"
         "assert not {'torch', 'sae_lens', 'transformer_lens'} & set(sys.modules)"
     )
-    assert min(fresh.told_in("-c", code)[1] for _ in range(3)) < 1
+    assert any(fresh.told_in("-c", code)[1] < 1 for _ in range(3))
