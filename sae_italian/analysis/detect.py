@@ -153,11 +153,11 @@ def _detection(
     )
 
 
-def sparse_probes(task: ProbeTask, train: Acts, test: Acts, features: str, sizes: Any = SIZES) -> Iterator[Detection]:
-    """Yield logistic probes on the k latents of largest absolute correlation with each label, for each k of `sizes`."""
+def sparse_probes(task: ProbeTask, train: Acts, test: Acts, features: str, ks=SIZES) -> Iterator[Detection]:
+    """Yield logistic probes on the k latents of largest absolute correlation with each label, for each of `ks`."""
     fit, judge = train[task.rows[0]][task.sample].tocsc(), test[task.rows[1]].tocsc()
     order = np.argsort(-np.abs(_correlations(fit, task.labels[0][task.sample].toarray())), axis=0, kind="stable")
-    for column, k in product(task.usable, sizes):
+    for column, k in product(task.usable, ks):
         chosen = order[:k, column]
         x, w = fit[:, chosen].toarray(), judge[:, chosen].toarray()
         yield _probe(task, column, x, w, method=f"sparse {k}", features=features, latents=chosen.tolist())

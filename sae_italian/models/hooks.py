@@ -32,7 +32,7 @@ SITES: dict[Site, str] = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "ho
 _PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.([0-9]+)(?:\.(self_attn|attn|attention|mlp))?")
 _OUTPUTS = {None: "hook_resid_post", "mlp": "hook_mlp_out"}  # by the part in a path; else the attention's
 _LLAMA = {"": "", "attn": ".self_attn", "mlp": ".mlp", "ln2": ".post_attention_layernorm"}
-_adapters: dict[str, Any] = {}  # by what a config says: it is read anew for each SAE, and an adapter takes long
+_adapters: dict[str, Any] = {}  # by what a config says, which is read anew for each SAE
 
 
 @dataclass(frozen=True)
