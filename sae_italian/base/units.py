@@ -161,7 +161,6 @@ class _Processes:
     def __init__(self, function: Callable[..., Any], workers: int, fork: bool):
         self.workers = workers
         if fork:
-            gc.collect()
             gc.freeze()  # what the processes share is neither searched for garbage nor copied for it
         threads = 1 if fork else max(1, (os.cpu_count() or 1) // workers)
         context = get_context("fork" if fork else "spawn")
