@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from sae_italian import cli as app
+from sae_italian.cache import build_cache
+from sae_italian.saes import load_sae
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -159,13 +161,14 @@ def to_run() -> list:
 
 
 @pytest.fixture(scope="module")
-def place(trained_sae, small_cache, jsonl, cached_activations, tmp_path_factory):
+def place(trained_sae, mini, jsonl, cached_activations, tmp_path_factory):
     """A folder like that of a quickstart: two SAEs, their caches with explanations, a folder of texts."""
     folder = tmp_path_factory.mktemp("pages")
     for name in ("sae", "sae2"):
         shutil.copytree(trained_sae, folder / name)
-    for name in ("cache", "cache2"):
-        shutil.copytree(small_cache, folder / name, ignore=shutil.ignore_patterns("autointerp*", "random-twin"))
+    few = {"n_tokens": 12_000, "sae_name": str(trained_sae)}
+    build_cache(load_sae(trained_sae), mini, "micro-italiano", folder / "cache", **few)
+    shutil.copytree(folder / "cache", folder / "cache2")
     shutil.copytree(jsonl.parent, folder / "testi")
     (folder / "activations").symlink_to(cached_activations)
     (folder / "quickstart").symlink_to(folder)
