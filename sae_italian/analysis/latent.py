@@ -338,7 +338,8 @@ def _write(
     with replaced(model, start.hook_out, add), torch.random.fork_rng():
         torch.manual_seed(seed)
         settings |= {"attention_mask": torch.ones_like(rows), "eos_token_id": eos, "pad_token_id": eos or 0}
-        written = model.generate(rows, stopping_criteria=[over], **settings)
+        generate = getattr(model, "hf_generate", model.generate)  # a bridge's own takes no criteria
+        written = generate(rows, stopping_criteria=[over], **settings)
     new = written[:, rows.shape[1] :].tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in new]
 

@@ -28,7 +28,7 @@ from sae_italian.base.storage import utc_now
 from sae_italian.corpora import Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, PackedBlock, special_mask
 from sae_italian.evaluation.card import ULTRA_ACTIVE, DensityBin, EvaluationCard, Outliers, outliers_of
-from sae_italian.models.activations import check_context, logits_with_replacement, read_many
+from sae_italian.models.activations import check_context, logits_of, logits_with_replacement, read_many
 from sae_italian.saes import check_fits, hooks_of
 from sae_italian.saes.fit import decoded
 from sae_italian.saes.loading import open_sae
@@ -197,7 +197,7 @@ def _losses(
     def zero(activation: Tensor) -> Tensor:
         return torch.where(keep[..., None], 0.0, activation)
 
-    passes = [model(tokens, use_cache=False).logits]
+    passes = [logits_of(model, tokens)]
     passes += [logits_with_replacement(model, tokens, hook_out, replace) for replace in (with_sae, zero)]
     logits = [each.flatten(0, 1) for each in passes]
     has_next = torch.ones_like(keep)

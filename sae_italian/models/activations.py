@@ -33,10 +33,18 @@ def check_context(context_size: int, config: Any) -> int:
 
 
 def check_model(model: Any) -> Any:
-    """Return a model of transformers that has its tokenizer. Raises: UsageError for another, as TransformerLens'."""
-    if hasattr(model, "run_with_cache") or not (hasattr(model, "config") and hasattr(model, "tokenizer")):
-        raise UsageError(f"the model is a {type(model).__name__}; give one of transformers, as load_model(name) does.")
+    """Return a model of transformers, or its bridge, that has its tokenizer. Raises: UsageError for another one."""
+    if not (hasattr(model, "config") and hasattr(model, "tokenizer")):
+        raise UsageError(
+            f"the model is a {type(model).__name__}; give one of transformers, or its bridge, as load_model(name) does."
+        )
     return model
+
+
+def logits_of(model: Any, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+    """Return a model's logits, which TransformerLens' bridge gives as they are."""
+    found = model(tokens, use_cache=False)
+    return getattr(found, "logits", found)
 
 
 def resolve_hook(model: nn.Module, hook_name: str) -> tuple[Hook, nn.Module]:
@@ -182,7 +190,7 @@ def logits_with_replacement(
         return replace(activation).to(activation.dtype)
 
     with replaced(model, hook_name, swap):
-        logits = model(tokens, use_cache=False).logits
+        logits = logits_of(model, tokens)
     if not fired:
         raise _never_fired(model, hook_name)
     return logits
@@ -198,7 +206,7 @@ def logits_at(
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, args: (args[0][wanted.to(args[0].device)][None],))
     try:
-        return model(tokens.to(model.device), use_cache=False).logits[0]
+        return logits_of(model, tokens.to(model.device))[0]
     finally:
         handle.remove()
 

@@ -93,7 +93,9 @@ def resolve(name: str | Path) -> ResolvedModel:
     folder, is_path = storage.path_of(wanted), wanted.startswith((".", "/", "~"))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UsageError(f"model folder {wanted!r} holds no config.json; one saved by transformers is expected.")
+            raise UsageError(
+                f"model folder {wanted!r} holds no config.json; a folder saved by transformers is expected."
+            )
         for entry in catalogue().values():
             if folder.resolve() == Path(entry.official).resolve():
                 return ResolvedModel(entry.name, entry.official, entry)

@@ -121,7 +121,8 @@ def parse_hook_name(name: str, n_layers: int | None = None) -> Hook:
     elif match := _PATH.fullmatch(name):
         hook = Hook(int(match[1]), _OUTPUTS.get(match[2], "hook_attn_out"))
     if hook is None:
-        raise UsageError(f"hook_name {name!r} is unknown. {nearest(name, [f'blocks.{layer}.{x}' for x in _BRIDGE])}")
+        examples = [f"blocks.{layer}.{option}" for option in _BRIDGE]
+        raise UsageError(f"hook_name {name!r} is unknown. {nearest(name, examples)}")
     if n_layers is not None and hook.layer >= n_layers:
         raise UsageError(f"hook_name {name!r}: the model has layers 0 to {n_layers - 1}. Use one of these.")
     return hook

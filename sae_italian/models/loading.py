@@ -95,7 +95,8 @@ def load_model_config(name: str | Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     config = _fetch(AutoConfig.from_pretrained, resolve(name))
-    if not isinstance(width := getattr(config, "hidden_size", None), int):
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
         raise UsageError(
             f"{name} has no one hidden_size (its config says {width}), so no SAE fits all of its layers. "
             "Use a language model of one width; of one that also sees, its text model."
@@ -219,7 +220,8 @@ def _copy_rotary(model: Any, hooked: Any, context: int) -> None:
     rotary = next((m for m in model.modules() if hasattr(m, "inv_freq") and hasattr(m, "attention_scaling")), None)
     if rotary is None:
         return
-    angles = torch.arange(context, dtype=torch.float32)[:, None] * rotary.inv_freq.float().cpu().repeat(2)
+    angles = torch.arange(context, dtype=torch.float32)[:, None] * rotary.inv_freq.float().cpu()[None, :]
+    angles = torch.cat([angles, angles], dim=-1)
     for block in hooked.blocks:
         for name, values in (("rotary_sin", angles.sin()), ("rotary_cos", angles.cos())):
             old = getattr(block.attn, name)  # [positions, rotary_dim], which TransformerLens grows

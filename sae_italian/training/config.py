@@ -154,9 +154,11 @@ class RunSpec(BaseModel):
         transcodes = "d_out" in config_class.__dataclass_fields__
         self._check_hooks(model_config, transcodes)
         widths = {"d_in": d_in, "d_out": d_in} if transcodes else {"d_in": d_in}
-        if wrong := [key for key in widths if given.get(key, d_in) != d_in]:
-            raise UsageError(f"sae.{wrong[0]} is {given[wrong[0]]}, but {self.model} has {d_in}. Remove the key.")
-        nested = given.get("matryoshka_widths", [] if "matryoshka_widths" in config_class.__dataclass_fields__ else [1])
+        for key in widths:
+            if given.get(key, d_in) != d_in:
+                raise UsageError(f"sae.{key} is {given[key]}, but {self.model} has {d_in}. Remove the key.")
+        unsaid = [] if "matryoshka_widths" in config_class.__dataclass_fields__ else [1]
+        nested = given.get("matryoshka_widths", unsaid)
         if not nested or nested != sorted(width for width in {*nested} if 0 < width <= given["d_sae"]):
             raise UsageError(f"sae.matryoshka_widths is {nested}; numbers that rise to sae.d_sae were expected.")
         try:

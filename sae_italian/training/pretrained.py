@@ -52,11 +52,13 @@ class Origin:
         wanted = _facts(spec.sae_config(), spec.model, (spec.hook_name, spec.hook_name_out or spec.hook_name))
         if state.keys() >= PLAIN and wanted["architecture"] in TAKE_PLAIN:
             found |= {name: wanted[name] for name in ("architecture", "apply_b_dec_to_input")}
-        wrong = [f"{key} is {found[key]}, the config's {x}" for key, x in wanted.items() if found[key] not in (None, x)]
+        differ = [key for key in wanted if found[key] not in (None, wanted[key])]
+        wrong = [f"{key} is {found[key]}, the config's {wanted[key]}" for key in differ]
         if "W_skip" in state and bool(state["W_skip"].any()):
             wrong.append("it has a skip connection, which training here does not")
         if wrong:
-            raise UsageError(f"the SAE {self.name} cannot start this training: {'; '.join(wrong)}. Change one of them.")
+            why = "; ".join(wrong)
+            raise UsageError(f"the SAE {self.name} cannot start this training: {why}. Change one of them.")
 
     @torch.no_grad()
     def start(self, sae: Any, x: Tensor, y: Tensor, scale: Any) -> None:

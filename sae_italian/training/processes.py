@@ -130,7 +130,8 @@ class Processes:
         if trainer.n_training_steps or start == "zero":
             yield
             return
-        start_at(sae, TrainStepInput(trainer.activation_scaler(rows.to(sae.device)), {}, None, 0, False))
+        rows = trainer.activation_scaler(rows.to(sae.device))
+        start_at(sae, TrainStepInput(rows, {}, None, 0, False))
         sae.cfg.start = "zero"
         yield
         sae.cfg.start = start

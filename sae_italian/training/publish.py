@@ -219,6 +219,7 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
         "dataset_name": ", ".join(Path(name).name for name in mixture(card.corpus)[0]),
         "dataset_split": card.split,
     }
+    values = {key: estimate.value for key, estimate in card.estimates().items() if key in RESULTS}
     front = ModelCardData(
         library_name="saelens",
         license=licence or ("other" if " " in word else word),  # the hub refuses words not its own
@@ -230,9 +231,9 @@ def model_card(folder: Path, card: EvaluationCard, repo_id: str, sae_id: str, li
         model_name=sae_id,
         widget=[{"text": f"{sae_id}: density", "output": {"url": DENSITY_PICTURE}}] if words["picture"] else None,
         eval_results=[
-            EvalResult(metric_type=key, metric_name=label(f"card.{key}"), metric_value=estimate.value, **where)
-            for key, estimate in card.estimates().items()
-            if key in RESULTS and estimate.value == estimate.value
+            EvalResult(metric_type=key, metric_name=label(f"card.{key}"), metric_value=value, **where)
+            for key, value in values.items()
+            if value == value
         ],
     )
     template = resources.files("sae_italian.training").joinpath("model_card.md").read_text(encoding="utf-8")

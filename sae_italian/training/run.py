@@ -95,7 +95,7 @@ def _claimed(folder: Path, kind: str, spec: RunSpec | SuiteSpec, **how: Any) -> 
 
 def seed_folders(folder: Path) -> list[Path]:
     """Return the folders of all seeds that were trained into one: itself, and those in its `seeds/`, by number."""
-    others = (weights.parent for weights in folder.glob(f"{SEEDS}/*/{WEIGHTS}"))
+    others = [each.parent for each in folder.glob(f"{SEEDS}/*/{WEIGHTS}")]
     return [folder, *sorted(others, key=lambda each: int(each.name.rpartition("-")[2]))]
 
 
@@ -242,9 +242,10 @@ def on_this_machine(spec: RunSpec, n: int, arguments: Sequence[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
+        told: Any = {rank: Std.ALL if rank else Std.OUT for rank in range(n)}  # into files
         config = LaunchConfig(
             *(1, 1, n),
-            logs_specs=DefaultLogsSpecs(folder, redirects={rank: Std.ALL if rank else Std.OUT for rank in range(n)}),
+            logs_specs=DefaultLogsSpecs(folder, redirects=told),
             run_id="training",
             rdzv_backend="c10d",
             rdzv_endpoint="127.0.0.1:0",
@@ -286,12 +287,13 @@ def on_ray(spec: RunSpec, n: int, out: Path, address: str | None, **how: bool) -
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpu = spec.device.startswith("cuda")
+    torch_config = TorchConfig(GPU_BACKEND if gpu else "gloo", timeout_s=round(spec.process_timeout_seconds))
     given = {"spec": spec.model_dump(mode="json"), "out": str(out.resolve()), **how}
     with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
             train_on_worker,
             train_loop_config=given,
-            torch_config=TorchConfig(GPU_BACKEND if gpu else "gloo", timeout_s=round(spec.process_timeout_seconds)),
+            torch_config=torch_config,
             scaling_config=ScalingConfig(num_workers=n, use_gpu=gpu),
             run_config=RunConfig(name="training", storage_path=folder),
         )

@@ -165,17 +165,18 @@ def layout_on(device_gb: float, spec: RunSpec, memory: dict[str, float]) -> dict
     shared = memory["saes_gb"] + memory["step_gb"]
     parts = ((2**i, total - shared + shared / 2**i) for i in range(9) if sae.d_sae % 2**i == 0)
     n, part = next(((n, part) for n, part in parts if part <= device_gb), (0, total))
-    layout, sent = None, 0.0
+    found: dict[str, Any] = {"layout": None}
     if n == 1:
-        layout, text = "replicas", f"replicas, {total:.2f} GB on each"
+        found = {"layout": "replicas", "devices": n, "memory_gb": part, "megabytes_a_step": 0.0}
+        text = f"replicas, {total:.2f} GB on each"
     elif n and spec.sae["architecture"] == "sparse_topk":
         sent = sum(traffic(spec.train_batch_size_tokens, sae.d_in, sae.k, n, dead=True).values()) / 1e6
+        found = {"layout": "sharded", "devices": n, "memory_gb": part, "megabytes_a_step": sent}
         how = f"shard_latents=true --processes {n}"
-        layout, text = "sharded", f"latents sharded over {n} ({how}), {part:.2f} GB and {sent:.0f} MB a step on each"
+        text = f"latents sharded over {n} ({how}), {part:.2f} GB and {sent:.0f} MB a step on each"
     else:
         text = f"too large{', and only sparse_topk can be sharded' if n else ' even sharded'}"
-    found = {"devices": n, "memory_gb": part, "megabytes_a_step": sent} if layout else {}
-    return {"layout": layout} | found | {"device_gb": device_gb, "text": f"devices of {device_gb} GB: {text}"}
+    return found | {"device_gb": device_gb, "text": f"devices of {device_gb} GB: {text}"}
 
 
 def _memory_text(memory: dict[str, float]) -> str:

@@ -106,7 +106,6 @@ class WindowBlocks:
             check_pretokenized(documents, tokenizer, context_size)
         self.documents, self.tokenizer, self.context_size = documents, tokenizer, context_size
         self.windows_per_block, self.repeat = windows_per_block, repeat
-        self.packer = Packer(context_size, layout_of(tokenizer))  # at the start of the corpus, to be copied
         self.pool = ThreadPoolExecutor(1, "windows")
         self._start(0, START)
 
@@ -146,14 +145,18 @@ class WindowBlocks:
         """Yield the blocks from a place to the end of the corpus."""
         corpus, packer = place
         if isinstance(self.documents, MappedWindows):
-            blocks = self.documents.blocks(self.windows_per_block, corpus or 0)
-            yield from ((tokens, (number, None)) for number, tokens in enumerate(blocks, (corpus or 0) + 1))
+            first = corpus or 0
+            for number, tokens in enumerate(self.documents.blocks(self.windows_per_block, first), first + 1):
+                yield tokens, (number, None)
             return
-        stream, packer = self.documents(), copy(packer or self.packer)
+        stream, packer = self.documents(), copy(packer) if packer else self._packer()
         if corpus is not None:
             stream.load_state(corpus)
         for block in packer.blocks(tokenised(stream, self.tokenizer), self.windows_per_block):
             yield block.tokens, (stream.state(), copy(packer))
+
+    def _packer(self) -> Packer:
+        return Packer(self.context_size, layout_of(self.tokenizer))
 
     def state(self) -> dict[str, Any]:
         """Return where the next block starts, as JSON."""
@@ -162,7 +165,7 @@ class WindowBlocks:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, whatever was read before."""
-        packer = state["packer"] and copy(self.packer)
+        packer = state["packer"] and self._packer()
         if packer:
             packer.load(state["packer"])
         self._start(state["n_blocks"], (state["corpus"], packer))

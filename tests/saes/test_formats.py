@@ -356,13 +356,12 @@ def test_an_sae_of_what_cannot_be_replaced_can_be_read_alone(topk_sae, mini):
         check_fits(sae, mini, writes=True)
 
 
-@pytest.mark.parametrize("backend", ["hooked", "bridge"])
-def test_a_model_of_transformerlens_is_refused_at_every_door(tmp_path, topk_sae, backend):
-    """Ours too, `load_model(name, "hooked")`: some of these calls worked on a bridge, others ended in an AttributeError."""
+def test_a_hooked_transformer_is_refused_at_every_door(tmp_path, topk_sae):
+    """Ours too, `load_model(name, "hooked")`: it ended in an AttributeError."""
     from sae_italian import build_cache, evaluate, load_model
     from sae_italian.analysis import ioi_pairs, ioi_score, steer, words_for
 
-    model = load_model("sae-italian-mini", backend)
+    model = load_model("sae-italian-mini", "hooked")
     pairs = ioi_pairs(2, model.tokenizer, words_for("sae-italian-mini"))
     for door in (
         lambda: evaluate(topk_sae, model, "micro-italiano", n_tokens=100),
@@ -370,10 +369,27 @@ def test_a_model_of_transformerlens_is_refused_at_every_door(tmp_path, topk_sae,
         lambda: steer(model, model.tokenizer, topk_sae, "Ciao", 0, [1.0]),
         lambda: ioi_score(model, model.tokenizer, pairs),
     ):
-        with pytest.raises(
-            UsageError, match="the model is a Loud(Hooked|Bridge); give one of transformers, as load_model"
-        ):
+        with pytest.raises(UsageError, match="the model is a LoudHooked; give one of transformers, or its bridge"):
             door()
+
+
+def test_a_bridge_does_what_the_model_of_transformers_does(topk_sae, mini):
+    """Losses with the SAE in place, steered texts and choices; `build_cache` alone worked on one."""
+    from sae_italian import evaluate, load_model
+    from sae_italian.analysis import ablate, ioi_pairs, ioi_score, steer, words_for
+
+    bridge = load_model("sae-italian-mini", "bridge")
+    pairs = ioi_pairs(4, mini.tokenizer, words_for("sae-italian-mini"))
+    cards, texts, scores, changes = [], [], [], []
+    for model in (mini, bridge):
+        card = evaluate(topk_sae, model, "micro-italiano", n_tokens=500)
+        cards.append([card.estimates()[key].value for key in ("explained_variance", "ce_loss", "ce_loss_with_sae")])
+        steered = steer(model, model.tokenizer, topk_sae, "La ragazza", 0, [20.0], n_new_tokens=8)
+        texts.append([one.text for one in (steered.unsteered, *steered.steered)])
+        scores.append(ioi_score(model, model.tokenizer, pairs).difference.value)
+        changes.append(ablate(model, model.tokenizer, topk_sae, "La ragazza mangia la mela.", 0).activations)
+    assert cards[0] == pytest.approx(cards[1], abs=1e-4) and texts[0] == texts[1] and texts[0][0] != texts[0][1]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3) and changes[0] == pytest.approx(changes[1], abs=1e-4)
 
 
 def test_a_device_may_be_torchs_own(trained_sae):

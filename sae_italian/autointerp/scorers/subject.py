@@ -39,7 +39,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import Language
 from sae_italian.base.statistics import NOTHING, Estimate, auroc_by_document, bootstrap, shares_by_document
 from sae_italian.cache import FeatureCache
-from sae_italian.models.activations import continuation_log_probs, logits_with_replacement
+from sae_italian.models.activations import continuation_log_probs, logits_of, logits_with_replacement
 from sae_italian.saes import load_sae
 
 EMPTY = {"it": "Varie frasi senza legame fra loro.", "en": "Various unrelated sentences."}
@@ -105,7 +105,7 @@ def subject_judge(cache: FeatureCache, model: Any) -> SubjectJudge:
         if replace is not None:
             return logits_with_replacement(model, tokens.to(model.device), hook, replace)
         with torch.no_grad():
-            return model(tokens.to(model.device), use_cache=False).logits
+            return logits_of(model, tokens.to(model.device))
 
     return SubjectJudge(
         forward,
