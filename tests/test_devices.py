@@ -64,7 +64,7 @@ ALLOWED = {
     "saes/sparse.py": (0, 4, "top_positive alone waits, whose values go to the feature cache"),
     "saes/architectures.py": (0, 1, "the estimate of the scale, once a run"),
     "saes/fit.py": (1, 9, "measures and thresholds: a number a chunk, no step of training"),
-    "saes/jumprelu.py": (1, 11, "an export: sums and sorts on the CPU, no step of training"),
+    "saes/jumprelu.py": (1, 8, "an export: sums and sorts on the CPU, no step of training"),
     "cache/shards.py": (0, 8, "what is written to disk: counts, latents and values of a chunk"),
     "cache/build.py": (0, 2, "NumPy's bookkeeping of ranges; the shards do the rest"),
     "evaluation/evaluate.py": (2, 11, "sums by document are the CPU's; one wait a pass for each column"),

@@ -215,6 +215,8 @@ def _check_memory(shape: tuple[int, int], size: int, n_active: int, most: int, m
     Where latents are left out, the edges to those that stay are held once more, at the end.
     """
     free = psutil.virtual_memory().available / 1e9 if memory is None else memory
+    if not free > 0:  # nor what is no number
+        raise UsageError(f"memory is {free:g}; 10^9 bytes above 0 were expected.")
     row, n_logits = size * shape[1] / 1e9, shape[0] - most
     need = shape[0] * (row + (size * (shape[1] - n_active + most) / 1e9 if most < n_active else 0))
     if need > SAID_FROM:
@@ -237,6 +239,8 @@ def _logit_nodes(
     probability = (torch.tanh(logits / cap) * cap if cap else logits).softmax(-1)
     top, likeliest = probability.topk(min(MOST_LOGITS, len(probability)))
     ids = likeliest[: int((top.cumsum(0) < COVERED).sum()) + 1].tolist() if wanted is None else list(wanted)
+    if unknown := [i for i in (*ids, against or 0) if not 0 <= i < len(probability)]:
+        raise UsageError(f"token {unknown[0]} does not exist; the model has tokens 0 to {len(probability) - 1}.")
     if against is not None and against in ids:
         told = token_text(model.tokenizer, [against])[0].strip()
         raise UsageError(f"the token {told!r} is explained less itself, which leaves nothing. Give another against it.")

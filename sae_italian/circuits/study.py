@@ -1,8 +1,8 @@
 """Graphs of many prompts: scores with intervals over them, beside random transcoders and what is known of their latents.
 
 Cases are pairs of prompts of equal length that want opposite tokens, so a graph explains the difference of two logits:
-agreement over an attractor, in a relative clause or not, the gender of a participle, indirect-object identification. What
-a graph names is held against two things.
+agreement over an attractor, in a relative clause or not, the gender of a participle, indirect-object identification; or
+a file of your own. What a graph names is held against two things.
 
 A latent carries number (or gender) when MicroItaliano's gold labels say so of the words it fires on: nearly all of those that
 have the feature have one value of it, over several word forms. A node's patching effect is what the logits' difference
@@ -24,14 +24,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_italian import micro_italiano
-from sae_italian.analysis.latent import codes, written_directions
+from sae_italian.analysis.latent import codes, token_of, written_directions
 from sae_italian.analysis.tasks import ioi_pairs, number_pairs, words_for
 from sae_italian.analysis.treebank import encode_words, label_names, micro_treebank, read_words, with_forms
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced, time_bound
-from sae_italian.base.report import shown, table
+from sae_italian.base.report import OURS, REFERENCE, shown, svg, table
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
-from sae_italian.base.storage import read_yaml
+from sae_italian.base.storage import read_yaml, understood
 from sae_italian.circuits.check import check, random_graph
 from sae_italian.circuits.edges import Prompt, attribute
 from sae_italian.circuits.graph import Graph, influence
@@ -50,9 +50,9 @@ class Case(NamedTuple):
     """A prompt and its counterfactual, equally long in tokens; the right next token and the wrong one."""
 
     prompt: str
-    counterfactual: str
+    counterfactual: str  # "" where there is none
     right: int
-    wrong: int
+    wrong: int | None  # None: the graph explains the right token alone
 
 
 class Studied(NamedTuple):
@@ -101,6 +101,24 @@ class Study(NamedTuple):
         ]
         return f"{self.case}, {len(self.rows)} prompts\n\n{table('mean over prompts | these | random | gain', rows)}"
 
+    def svg(self) -> str:
+        """Return the means with their intervals, these transcoders beside random ones."""
+        found = self.estimates()
+
+        def draw(axes: Any) -> None:
+            for key, shift, colour in (("these", -0.15, OURS), ("random", 0.15, REFERENCE)):
+                value, lo, hi = np.array([pair[key] for pair in found.values()]).reshape(-1, 3).T
+                rows = np.arange(len(found)) + shift
+                axes[0].hlines(rows, lo, hi, color=colour)
+                axes[0].plot(value, rows, "o", color=colour, label=key)
+            axes[0].set_yticks(range(len(found)), [name.replace("_", " ") for name in found])
+            axes[0].invert_yaxis()
+            axes[0].axvline(0, color="black", linewidth=0.5)
+            axes[0].legend(fontsize=8)
+            axes[0].set_xlabel("mean over prompts, 95 % interval")
+
+        return svg(draw, 1, (6, 0.4 * len(found) + 1.2))
+
 
 def study(
     model: Any,
@@ -113,11 +131,11 @@ def study(
     memory: float | None = None,
     seed: int = 0,
 ) -> Study:
-    """Return the study of `n` prompts of a case (CASES).
+    """Return the study of `n` prompts of a case (CASES), or of a file: PROMPT, a tab, the token, and one against it.
 
     Raises: UsageError for a case that the model's tokens do not allow, and as `attribute`.
     """
-    cases, feature = cases_of(case, model, n, seed), CASES[case] if _embedded(model) else ""
+    cases, feature = cases_of(case, model, n, seed), CASES.get(case, "") if _embedded(model) else ""
     carrying: list[Any] = [{}, {}]
     rows = []
     for number, one in enumerate(paced(cases, "graphs", len(cases), "prompt")):
@@ -140,8 +158,10 @@ def study(
 def _numbers(case: Case, prompt: Prompt, graph: Graph, agreements: Any, carrying: Any) -> dict[str, float]:
     """Return what one graph foretells, and what it names of what patching and the grammar know."""
     told = {"direct": agreements[0].direct.value, "correlation": agreements[0].paths.value}
-    told |= {"slope": agreements[0].slope.value, "right": float(graph.own[-1] > 0)}
-    if len(graph.latents):
+    told["slope"] = agreements[0].slope.value
+    if case.wrong is not None:
+        told["right"] = float(graph.own[-1] > 0)
+    if case.wrong is not None and case.counterfactual and len(graph.latents):
         effects = np.abs(patching_effects(prompt, graph, case.counterfactual, (case.right, case.wrong)))
         largest = graph.latents[np.argsort(-effects, kind="stable")[:TOP]]
         told["patching"] = float(np.isin(graph.ranked[:TOP], largest).mean())
@@ -233,10 +253,19 @@ def found_among(order: Float[np.ndarray, " n"], true: Bool[np.ndarray, " n"], k:
 
 
 def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
-    """Return `n` cases. Raises: UsageError for an unknown one, and when the model's tokens allow too few."""
+    """Return `n` cases, or those of a file. Raises: UsageError when the model's tokens allow too few."""
+    tokenizer = model.tokenizer
+    if Path(case).is_file():
+        with understood(case, "Save it as UTF-8."):
+            lines = Path(case).read_text(encoding="utf-8-sig").split("\n")
+        lines = [line.split("\t") for line in lines if line.strip()]
+        if not lines or any(len(line) < 2 or not line[1].strip() for line in lines):
+            raise UsageError(f"{case}, {len(lines)} lines: each is PROMPT, a tab, TOKEN, perhaps a tab and one more.")
+        ids: list[Any] = [[token_of(tokenizer, text) for text in line[1:3] if text.strip()] for line in lines[:n]]
+        return [Case(line[0], "", *(own + [None])[:2]) for line, own in zip(lines, ids, strict=False)]
     if case not in CASES:
-        raise UsageError(f"{case!r} is no case. {nearest(case, CASES)}")
-    tokenizer, embedded = model.tokenizer, _embedded(model)
+        raise UsageError(f"{case!r} is no case and no file. The cases: {', '.join(CASES)}; a file has a prompt a line.")
+    embedded = _embedded(model)
     if case == "ioi":
         pairs = ioi_pairs(2 * n, tokenizer, words_for("sae-italian-mini" if embedded else "minerva-1b"), seed=seed)
         texts = [(pair.base, pair.counterfactual, pair.io, pair.new_io) for pair in pairs]

@@ -211,7 +211,8 @@ def graph(
     Args:
         model: Name, hub id or folder of the model.
         transcoders: Folder of a transcoder, or of several, one for each layer (a suite's).
-        prompt: The text whose next token is explained; with study=N a case: agreement, attractor, participle, ioi.
+        prompt: The text whose next token is explained; with study=N a case (agreement, attractor, participle, ioi) or a
+            file with a prompt a line.
         words: max_nodes=N, latents that become nodes (default: 4096); batch=N, targets of a backward pass, at most 128
             (default: 0, 16 or more as prompt and model are small); target=TEXT, the token to explain (default: the
             likeliest that cover 95 %); against=TEXT, the token whose logit is taken from it (default: the mean of all);
@@ -245,7 +246,8 @@ def _study(model: str, transcoders: Path, case: str, settings: dict[str, Any], o
     value, text = {**plain(found), "estimates": plain(found.estimates())}, found.text()
     if out is not None:
         write_json(out / "result.json", value)
-        text += f"\n\n{out}/result.json"
+        write_text(out / "graph.study.svg", found.svg())
+        text += f"\n\n{out}/result.json, graph.study.svg"
     return Result(value, text)
 
 

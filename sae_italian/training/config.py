@@ -177,9 +177,11 @@ class RunSpec(BaseModel):
         # our tied SAE and transcoders know no other; with the auxiliary loss no token has a scale of its own
         n_scales = 2 if name == "tied" or "d_out" in valid else 3 if "aux_loss_coefficient" in valid else 4
         # SAELens' gated SAE multiplies the activations, in the model's dtype, by its weights
-        dtypes = tuple(each for each in DTYPE_MAP if name != "gated" or self.dtype != "float32" or "16" not in each)
+        half = name != "gated" or self.dtype != "float32"
+        dtypes = tuple(each for each in DTYPE_MAP if half or "16" not in each)
         ours = {"reshape_activations": Literal["none"], "normalize_activations": Literal[SCALES[:n_scales]]}
-        ours |= {"d_sae": Count, "dtype": Literal[dtypes], "jumprelu_bandwidth": Annotated[float, Field(gt=0)]}
+        above_zero = Annotated[float, Field(gt=0)]
+        ours |= {"d_sae": Count, "dtype": Literal[dtypes], "jumprelu_bandwidth": above_zero}
         kinds: dict[str, Any] = get_type_hints(config_class) | ours
         for key, value in given.items():
             if key not in valid:

@@ -10,6 +10,7 @@ import torch
 
 from sae_italian.analysis import treebank
 from sae_italian.analysis.latent import written_directions
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.statistics import NOTHING
 from sae_italian.circuits.check import changes, foretold
 from sae_italian.circuits.edges import Prompt, attribute
@@ -94,7 +95,7 @@ def test_intervals_are_over_prompts_and_gains_within_one():
     mine, gain = (found.estimates()["slope"][which] for which in ("these", "gain"))
     assert mine.value == pytest.approx(1.045) and mine.lo < mine.value < mine.hi
     assert gain.value == pytest.approx(0.5) == gain.lo == gain.hi
-    assert "| slope |" in found.text() and "recall" not in found.text()
+    assert "| slope |" in found.text() and "recall" not in found.text() and found.svg().startswith("<?xml")
 
 
 @pytest.mark.parametrize("case", ["agreement", "attractor", "participle", "ioi"])
@@ -163,6 +164,24 @@ def test_gender_goes_from_the_article_to_the_ending(mini):
     assert max(told) < -5 and max(real) < -5 and np.corrcoef(told, real)[0, 1] > 0.8
 
 
+def test_a_file_of_prompts_and_what_is_no_case(mini, tmp_path):
+    file = tmp_path / "prompts.tsv"
+    file.write_text("La ragazza\tche\nIl ragazzo\tche\te\n", encoding="utf-8")
+    found = cases_of(str(file), mini, 9)
+    assert [one.prompt for one in found] == ["La ragazza", "Il ragazzo"] and found[0].wrong is None and found[1].wrong
+    file.write_bytes("\ufeffLa ragazza\tche\r\n".encode())  # as Windows' Notepad saves it
+    assert [one.prompt for one in cases_of(str(file), mini, 9)] == ["La ragazza"]
+    for text in ("La ragazza\n", "\n"):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(UsageError, match="a tab"):
+            cases_of(str(file), mini, 1)
+    file.write_bytes("La città\tche".encode("latin-1"))
+    with pytest.raises(DataError, match="prompts.tsv cannot be read .* Save it as UTF-8"):
+        cases_of(str(file), mini, 1)
+    with pytest.raises(UsageError, match="agreement, attractor, participle, ioi"):
+        cases_of("nominativo", mini, 1)
+
+
 def test_the_command_studies_a_case(saved, mini, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "study"
     told = [
@@ -178,7 +197,7 @@ def test_the_command_studies_a_case(saved, mini, tmp_path, capsys):  # noqa: F81
     ]
     assert main(told) == 0
     found = json.loads(capsys.readouterr().out)
-    assert len(found["rows"]) == 2 and (out / "result.json").exists()
+    assert len(found["rows"]) == 2 and (out / "graph.study.svg").exists()
     assert 0 <= found["estimates"]["replacement"]["these"]["value"] <= 1
     assert {"patching", "slope", "direct"} <= set(found["rows"][0]["numbers"][0])
     for row, one in zip(found["rows"], cases_of("agreement", mini, 2), strict=True):

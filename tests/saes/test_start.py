@@ -141,10 +141,3 @@ def test_stock_saelens_settings_keep_their_start():
     for words, start in ((["sae.start=zero"], "zero"), (["sae.start=mean"], "mean")):
         spec = load_spec("mini/topk", *words)
         assert RunSpec.from_saelens(spec.to_saelens()).sae["start"] == start
-
-
-def test_a_bos_that_was_not_left_out_does_not_move_the_mean():
-    x = rows()
-    clean = x[1:].mean(0)
-    x[0] = 1e5
-    assert torch.allclose(_centre(x, "mean"), clean)
