@@ -11,7 +11,6 @@ from sae_italian.base.storage import disk_full, free_space, read_json
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 WANDB_FILE = "wandb.json"  # in the folder of a trained SAE
-REFUSED = (401, 403, 404)  # the hub's answers to who may not read something, and for what there is not
 DAMAGED = ("not a valid json", "consistency check failed", "unexpected eof")
 
 
@@ -47,27 +46,42 @@ def explain(error: BaseException, name: str, revision: str | None = None, *, rep
 
 def _refusal(chain: list[BaseException], repo_id: str, revision: str | None) -> str:
     """Return what the hub, or the way to it, says no to, and what to do about it."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import errors
 
-    cached, page = cache_folder(repo_id), f"https://huggingface.co/{repo_id}"
-    refusal = next((each for each in chain if isinstance(each, HfHubHTTPError) and each.response is not None), None)
-    if refusal is not None and refusal.response.status_code in REFUSED:
-        at, why = f" at revision {revision!r}" if revision else "", " ".join(str(refusal).split())
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(each, kinds) for each in chain)
+
+    text, cached = " ".join(map(str, chain)).lower(), cache_folder(repo_id)
+    answers = [each.response for each in chain if isinstance(each, errors.HfHubHTTPError) and each.response is not None]
+    status, page = answers[0].status_code if answers else None, f"https://huggingface.co/{repo_id}"
+    first = f"{next(iter(str(chain[0]).splitlines()), type(chain[0]).__name__):.300}"
+    unreachable = has(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)
+    pinned = f" --revision {revision}" if revision else ""
+    if has(errors.GatedRepoError) or "access a gated repo" in text:
+        return f" is gated: accept its terms at {page}, then set HF_TOKEN to a token that may read it."
+    if status == 401:
         return (
-            f": the hub does not give it{at} ({refusal.response.status_code}, {why:.200}). Check its name and revision at "
-            f"{page}; where it is gated or private, accept its terms there and set HF_TOKEN to a token that may read it "
-            f"({TOKENS_PAGE})."
+            f": the hub does not know who is asking (401), or {page} does not exist. Check the name; if the page "
+            f"opens in your browser, accept its terms there and set HF_TOKEN ({TOKENS_PAGE})."
         )
-    unreachable = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
-    text = " ".join(map(str, chain)).lower()
-    if any(isinstance(each, unreachable) for each in chain) or "offline" in text or "connect" in text:
-        pinned = f" --revision {revision}" if revision else ""
+    if status == 403:
+        return (
+            f": the hub refuses this token (403). Accept the terms at {page}, and set HF_TOKEN to a token with "
+            f"read access to gated repositories ({TOKENS_PAGE})."
+        )
+    if has(errors.RevisionNotFoundError) or "not a valid git identifier" in text:
+        return f" has no revision {revision!r}; see {page}/commits/main."
+    if has(errors.RepositoryNotFoundError):
+        return " is not on the hub, or is private: check the name, or set HF_TOKEN."
+    if has(errors.RemoteEntryNotFoundError):
+        return f": {first} See {page}/tree/main."
+    if unreachable or "offline" in text or "connect" in text:
         return (
             " is not on this machine and the hub cannot be reached. Where there is a network, run "
             f"`hf download {repo_id}{pinned} --local-dir FOLDER`, and give FOLDER here instead of the name; "
             f"or download without --local-dir and copy {cached.name} into {cached.parent}."
         )
-    return f" could not be loaded: {next(iter(str(chain[0]).splitlines()), type(chain[0]).__name__):.300}"
+    return f" could not be loaded: {first}"
 
 
 def _chain_of(error: BaseException | None) -> list[BaseException]:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from sae_italian.base.errors import UsageError, nearest
-from sae_italian.base.hub import REFUSED, explain
+from sae_italian.base.hub import explain
 from sae_italian.base.storage import read_yaml
 
 PREFIX = "hf://datasets/"
@@ -138,12 +138,17 @@ def explained(name: str, hub: str, revision: str = "main") -> Iterator[None]:
 
     try:
         yield
+    except errors.OfflineModeIsEnabled as error:
+        raise UsageError(f"{hub} is on the hub, and HF_HUB_OFFLINE is set. Unset it, or use a local file.") from error
     except errors.EntryNotFoundError as error:
         raise FileNotFoundError(str(error)) from error
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in REFUSED:
-            raise explain(error, f"corpus {name!r}", revision, repo_id=f"datasets/{hub}") from error
+        unknown = isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError)
+        if unknown or status in (401, 403):
+            free = [entry.name for entry in catalogue().values() if not entry.gated]
+            why = explain(error, f"corpus {name!r}", revision, repo_id=f"datasets/{hub}")
+            raise UsageError(f"{why} Corpora without a gate: {', '.join(free[:3])}.") from error
         # httpx in one version of the hub's client, httpx2 in the next: told by the module's name, so neither is needed
         network = type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
         if not (network or status or isinstance(error, ConnectionError | TimeoutError)):

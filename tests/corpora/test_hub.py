@@ -155,20 +155,20 @@ def test_no_server_at_all(server):
 def test_a_gated_corpus_says_what_to_do(server):
     server.gated.add("uonlp/CulturaX")
     with pytest.raises(
-        UsageError, match=r"at https://huggingface.co/datasets/uonlp/CulturaX; where it is gated.*HF_TOKEN"
+        UsageError, match=r"is gated: accept its terms at https://huggingface.co/datasets/uonlp/CulturaX.*HF_TOKEN"
     ):
         texts("culturax-it")
     server.fault("api", "403")
-    with pytest.raises(UsageError, match="403.*set HF_TOKEN"):
+    with pytest.raises(UsageError, match="Corpora without a gate: fineweb-2-it"):
         texts("oscar-it")
 
 
 def test_names_and_revisions_the_hub_does_not_have(server):
     del server.repositories[WIKI]
-    with pytest.raises(UsageError, match="corpus 'wikipedia-it': the hub does not give it.*Check its name"):
+    with pytest.raises(UsageError, match="corpus 'wikipedia-it' is not on the hub"):
         texts("wikipedia-it")
     server.revisions.discard("refs/convert/parquet")
-    with pytest.raises(UsageError, match="not give it at revision 'refs/convert/parquet'"):
+    with pytest.raises(UsageError, match="no revision 'refs/convert/parquet'"):
         texts("clean-mc4-it-tiny@parquet")
     server.repositories["HuggingFaceFW/fineweb-2"] = {"README.md": b""}
     with pytest.raises(UsageError, match="layout has changed"):
@@ -182,7 +182,7 @@ def test_names_and_revisions_the_hub_does_not_have(server):
 def test_offline_says_so(server, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
-    with pytest.raises(UsageError, match="cannot be read.*HF_HUB_OFFLINE"):
+    with pytest.raises(UsageError, match="HF_HUB_OFFLINE is set"):
         texts("wikipedia-it")
 
 
