@@ -265,11 +265,11 @@ def begun_at(model: nn.Module, entry: str, residual: Float[Tensor, "batch pos d_
     """Begin every forward pass in the block with `residual` at the entry of `entry_and_edit`; earlier blocks are left out."""
     hook, _ = resolve_hook(model, entry)
     earlier: list[Any] = [resolve_hook(model, f"blocks.{layer}.hook_resid_pre")[1] for layer in range(hook.layer)]
-    for block in earlier:
-        block.forward = lambda hidden_states, *_, **__: hidden_states
+    for block in earlier:  # a bridge's block would hand the attribute on, and keep it
+        vars(block)["forward"] = lambda hidden_states, *_, **__: hidden_states
     try:
         with replaced(model, entry, lambda _: residual):
             yield
     finally:
         for block in earlier:
-            del block.forward
+            del vars(block)["forward"]

@@ -376,19 +376,22 @@ def test_a_hooked_transformer_is_refused_at_every_door(tmp_path, topk_sae):
 def test_a_bridge_does_what_the_model_of_transformers_does(topk_sae, mini):
     """Losses with the SAE in place, steered texts and choices; `build_cache` alone worked on one."""
     from sae_italian import evaluate, load_model
-    from sae_italian.analysis import ablate, ioi_pairs, ioi_score, steer, words_for
+    from sae_italian.analysis import ablate, ioi_pairs, ioi_score, patch_saes, steer, words_for
 
     bridge = load_model("sae-italian-mini", "bridge")
     pairs = ioi_pairs(4, mini.tokenizer, words_for("sae-italian-mini"))
-    cards, texts, scores, changes = [], [], [], []
+    cards, texts, scores, changes, patched = [], [], [], [], []
     for model in (mini, bridge):
         card = evaluate(topk_sae, model, "micro-italiano", n_tokens=500)
         cards.append([card.estimates()[key].value for key in ("explained_variance", "ce_loss", "ce_loss_with_sae")])
         steered = steer(model, model.tokenizer, topk_sae, "La ragazza", 0, [20.0], n_new_tokens=8)
         texts.append([one.text for one in (steered.unsteered, *steered.steered)])
+        curve = patch_saes(model, model.tokenizer, {"": topk_sae}, pairs).as_dict()["curves"][0]
+        patched.append([curve[key]["value"] for key in ("unpatched", "all_patched")])
         scores.append(ioi_score(model, model.tokenizer, pairs).difference.value)
         changes.append(ablate(model, model.tokenizer, topk_sae, "La ragazza mangia la mela.", 0).activations)
     assert cards[0] == pytest.approx(cards[1], abs=1e-4) and texts[0] == texts[1] and texts[0][0] != texts[0][1]
+    assert patched[0] == pytest.approx(patched[1], abs=1e-3)
     assert scores[0] == pytest.approx(scores[1], abs=1e-3) and changes[0] == pytest.approx(changes[1], abs=1e-4)
 
 
