@@ -44,7 +44,10 @@ def quickstart(
     settings = {"cache_tokens": cache_tokens, "card_tokens": card_tokens, "latents": latents}
     with claimed(out, "quickstart", {**spec.model_dump(), **settings}, resume=resume, overwrite=overwrite):
         sae_folder = sae_italian.train(spec, out / "sae", resume=(out / "sae").is_dir())
-        model, sae = sae_italian.load_model(spec.model, device=spec.device), sae_italian.load_sae(sae_folder)
+        model, sae = (
+            sae_italian.load_model(spec.model, device=spec.device),
+            sae_italian.load_sae(sae_folder, device=spec.device),
+        )
         text = {"n_tokens": cache_tokens, "split": "heldout", "text_column": spec.text_column}
         kept = {"sae_name": str(sae_folder.resolve()), "resume": (out / "cache").is_dir()}
         sae_italian.build_cache(sae, model, spec.corpus, out / "cache", **text, **kept)

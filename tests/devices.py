@@ -2,7 +2,8 @@
 
 `with Pretended() as gpu:` lets tensors say `device="cuda"`, so that the code takes the branches it takes on a GPU, and
 refuses what CUDA would refuse: operands on two devices, NumPy on a GPU's tensor, a generator of the CPU for it. `gpu.syncs`
-counts what would make the CPU wait for the GPU, by the place that asked.
+counts what would make the CPU wait for the GPU, by the place that asked. With `wide=False` it has no float64, as an Apple GPU
+has none.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ def kind(device: Any) -> str | None:
 
 
 class Pretended(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, *, wide: bool = True) -> None:
         super().__init__()
+        self.wide = wide
         self.syncs: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,7 +99,7 @@ class Pretended(TorchFunctionMode):
         if where is not None:
             for each in tensors([result]):
                 if place(each) is None or each not in given_ids(given):
-                    each._place = where  # pyright: ignore[reportAttributeAccessIssue]
+                    self._put(each, where)
         return result
 
     def _property(self, owner: str, tensor: Tensor, func: Any) -> Any:
@@ -122,8 +124,13 @@ class Pretended(TorchFunctionMode):
         result = tensor.clone() if wanted not in (None, place(tensor)) else tensor
         if kept or kwargs:
             result = func(result, *kept, **kwargs)
-        result._place = wanted or place(tensor)
+        self._put(result, wanted or place(tensor))
         return result
+
+    def _put(self, tensor: Tensor, where: str | None) -> None:
+        if where == GPU and tensor.dtype == torch.float64 and not self.wide:
+            raise Mixed("a tensor of float64 on a GPU that has none")
+        tensor._place = where  # pyright: ignore[reportAttributeAccessIssue]
 
     def _check(self, name: str, args: Any, given: list[Tensor]) -> None:
         gpu = [each for each in given if place(each) == GPU]
@@ -151,7 +158,7 @@ class Pretended(TorchFunctionMode):
         if name == "copy_" and given:
             return place(given[0])
         places = {place(each) for each in given if each.dim() > 0} or {place(each) for each in given}
-        return GPU if GPU in places else CPU if CPU in places else None
+        return GPU if GPU in places else CPU if places == {CPU} else None  # beside what nobody knows of, neither
 
     def _sync(self, what: str) -> None:
         frame: Any = sys._getframe(2)

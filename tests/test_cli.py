@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from sae_italian import FeatureCache
 from sae_italian.base.storage import STOP_SIGNALS
@@ -226,6 +227,23 @@ def test_every_signal_that_asks_to_stop_stops_any_command_as_ctrl_c_does(capsys,
         assert run(capsys, "autointerp", "CACHE") == told and signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before)
+
+
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 23 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError("Unable to allocate 8.00 GiB for an array with shape (1073741824,) and data type float64"),
+)
+
+
+@pytest.mark.parametrize("error", FULL, ids=["cuda", "torch", "numpy"])
+def test_a_full_memory_is_one_line_that_says_how_to_leave_the_gpu(capsys, monkeypatch, error):
+    def full():
+        raise error
+
+    monkeypatch.setattr("sae_italian.cli.catalogues.list_models", full)
+    code, _, err = run(capsys, "models", "list")
+    assert code == 2 and err.count("\n") == 1 and "CUDA_VISIBLE_DEVICES=" in err
 
 
 def test_a_defect_of_ours_is_not_dressed_up(monkeypatch):

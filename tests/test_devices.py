@@ -4,6 +4,9 @@
 """
 
 import ast
+import json
+import re
+import shutil
 from collections import Counter
 from functools import cache, partial
 
@@ -16,8 +19,11 @@ from sae_italian.analysis.latent import ablate, steer
 from sae_italian.analysis.patching import Patcher, patch_inputs
 from sae_italian.base.errors import UsageError
 from sae_italian.cache import build_cache
+from sae_italian.cli import main
 from sae_italian.evaluation import evaluate
+from sae_italian.evaluation.doctor import examine
 from sae_italian.models import load_model
+from sae_italian.models import loading as models_loading
 from sae_italian.models.loading import device_of
 from sae_italian.saes import load_sae, sparse
 from sae_italian.saes import loading as saes_loading
@@ -27,6 +33,7 @@ from sae_italian.training.loop import SAERun
 from sae_italian.training.pretrained import LATENT_MAP
 from sae_italian.training.run import SAE_FOLDER, open_stream, train_together
 from tests import fresh, house
+from tests.circuits.test_graph import random_transcoder
 from tests.devices import Mixed, Pretended, place
 
 # --- the lint ---------------------------------------------------------------------------------------------------------
@@ -55,7 +62,7 @@ ALLOWED = {
     ),
     "training/loop.py": (0, 0, "nothing is read off a step but every LOG_EVERY_STEPS, by SAELens' log"),
     "training/processes.py": (2, 4, "flags and sums that go by gloo are the CPU's; hashes at a checkpoint"),
-    "training/pretrained.py": (0, 5, "once at the start and once at the end of a run"),
+    "training/pretrained.py": (0, 8, "once at the start and once at the end of a run"),
     "training/shards.py": (
         0,
         2,
@@ -63,7 +70,7 @@ ALLOWED = {
     ),
     "saes/sparse.py": (0, 4, "top_positive alone waits, whose values go to the feature cache"),
     "saes/architectures.py": (0, 1, "the estimate of the scale, once a run"),
-    "saes/fit.py": (1, 9, "measures and thresholds: a number a chunk, no step of training"),
+    "saes/fit.py": (1, 12, "measures and thresholds: a number a chunk, no step of training"),
     "saes/jumprelu.py": (1, 8, "an export: sums and sorts on the CPU, no step of training"),
     "cache/shards.py": (0, 8, "what is written to disk: counts, latents and values of a chunk"),
     "cache/build.py": (0, 2, "NumPy's bookkeeping of ranges; the shards do the rest"),
@@ -121,13 +128,16 @@ def test_the_pretended_gpu_refuses_what_cuda_refuses():
         layer = torch.nn.Linear(4, 2).to("cuda")
         layer(a).sum().backward()
         assert layer.weight.device.type == "cuda" and place(layer(a)) == "cuda"
+        assert a.double().device.type == "cuda"
+    with Pretended(wide=False), pytest.raises(Mixed, match="float64"):
+        torch.zeros(3, device="cuda").double()
 
 
 @pytest.fixture
 def anywhere(monkeypatch):
     """Let doors take cuda: that it is not here is another test's."""
     for door in ("sae_italian.models.loading", "sae_italian.saes.loading"):
-        monkeypatch.setattr(f"{door}.device_of", lambda name: name)
+        monkeypatch.setattr(f"{door}.device_of", lambda name: "cpu" if name == "auto" else name)
 
 
 CASES = {
@@ -207,7 +217,7 @@ def test_a_whole_training_on_a_gpu_ends_with_the_same_sae(gpu_spec, trained_sae,
     for device in ("cpu", "cuda"):
         out = tmp_path / device
         out.mkdir()
-        with Pretended(), pytest.MonkeyPatch.context() as patch:
+        with Pretended(wide=False), pytest.MonkeyPatch.context() as patch:
             patch.setattr(saes_loading, "_from_folder", _moved(saes_loading._from_folder))
             model = load_model("sae-italian-mini").to(device)
             each = spec.model_copy(update={"device": device})
@@ -226,7 +236,7 @@ def _moved(load):
 def test_card_cache_and_causal_tools_on_a_gpu(trained_sae, tmp_path):
     here, there = {}, {}
     for found, device in ((here, "cpu"), (there, "cuda")):
-        with Pretended():
+        with Pretended(wide=False):
             model, sae = load_model("sae-italian-mini").to(device), load_sae(trained_sae).to(device)
             found["card"] = evaluate(sae, model, "micro-italiano", n_tokens=600, context_size=64)
             folder = build_cache(sae, model, "micro-italiano", tmp_path / device, n_tokens=600, windows_per_shard=8)
@@ -244,6 +254,72 @@ def test_card_cache_and_causal_tools_on_a_gpu(trained_sae, tmp_path):
     assert moved[0] == moved[1] and here["steered"].steered[0].text == there["steered"].steered[0].text
     for key in ("effects", "slopes"):
         assert torch.allclose(here[key], there[key], atol=1e-5)
+
+
+@pytest.mark.parametrize("places", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_model_and_sae_may_be_in_different_places(trained_sae, places):
+    with Pretended(wide=False):
+        model, sae = load_model("sae-italian-mini").to(places[0]), load_sae(trained_sae).to(places[1])
+        assert evaluate(sae, model, "micro-italiano", n_tokens=600, context_size=64).explained_variance.value > 0
+        assert examine(sae, model, "micro-italiano").check("norm scale").found
+
+
+COMMANDS = {
+    "card": "evaluate SAE --tokens 600",
+    "doctor": "saes doctor SAE",
+    "patching": "ioi sae-italian-mini --sae SAE --n-pairs 2 --thresholds 2 --check 4 --anyway",
+    "geometry": "geometry SAE --out OUT/g --sample 100",
+    "graph": "graph sae-italian-mini TRANSCODERS LaCasa --out OUT/g check=2",
+    "probes": "benchmark SAE --out OUT/b tasks=P2-number seeds=1",
+    "explanations": "autointerp OUT/cache --n-latents 3",
+    "subject": "autointerp OUT/cache --subject n_scored=1",
+}
+
+
+@pytest.fixture(scope="module")
+def transcoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transcoders")
+    for layer in range(4):
+        sae = random_transcoder(layer, d=128, d_sae=150, dtype="float32")
+        sae.cfg.metadata.model_name = "sae-italian-mini"
+        sae.save_model(folder / f"L{layer}TC-1x")
+    return folder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_on_a_gpu_tells_what_it_tells_on_the_cpu(
+    name, trained_sae, transcoders, small_cache, tmp_path, capsys
+):
+    """Model and SAE are put there by what `auto` is; nobody has to say so."""
+    told = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        if "cache" in COMMANDS[name]:
+            shutil.copytree(small_cache, out / "cache")
+            if name == "subject":
+                assert main(["autointerp", str(out / "cache"), "--n-latents", "3", "--no-random-control"]) == 0
+        known = {"SAE": trained_sae, "TRANSCODERS": transcoders, "LaCasa": "La casa è"}
+        words = [str(known.get(word, word.replace("OUT", str(out)))) for word in COMMANDS[name].split()]
+        capsys.readouterr()
+        with pytest.MonkeyPatch.context() as patch, Pretended(wide=False) as gpu:
+            for door in (models_loading, saes_loading):
+                patch.setattr(door, "device_of", lambda _, device=device: device)
+            patch.setattr(saes_loading, "_from_folder", _moved(saes_loading._from_folder))
+            assert main([*words, "--json"]) == 0, capsys.readouterr().err
+        told[device] = json.loads(capsys.readouterr().out)
+    assert gpu.syncs.total()  # it was there
+    assert rounded(told["cpu"]) == rounded(told["cuda"])
+
+
+def rounded(told):
+    """Return what a command told, its numbers to three digits, without its folders and its time."""
+    if isinstance(told, dict):
+        return {key: rounded(value) for key, value in told.items() if key not in ("created", "out", "seconds")}
+    if isinstance(told, list):
+        return [rounded(each) for each in told]
+    if isinstance(told, str):
+        return re.sub("/(cpu|cuda)/", "/", told)
+    return pytest.approx(told, abs=1e-3, rel=1e-3) if isinstance(told, float) else told
 
 
 def codes_of(model, sae, prompt):
@@ -296,10 +372,11 @@ def test_products_under_pytorchs_own_fake_cuda(index):
 # --- the name of a device ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cuda", "mps", "found"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
-def test_auto_is_the_first_that_is_here(monkeypatch, small_spec, cuda, mps, found):
+@pytest.mark.parametrize(("cuda", "found"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_cuda_or_the_cpu(monkeypatch, small_spec, cuda, found):
+    """Not mps, where nothing of ours has ever run: who wants it names it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert device_of("auto") == found
     assert spec_from_dict(small_spec.model_dump() | {"device": "auto"}).device == found
 

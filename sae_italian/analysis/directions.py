@@ -55,8 +55,8 @@ def random_directions(n: int, d: int, seed: int, *, like: Float[Tensor, "m d"] |
     """
     drawn = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     if like is not None:
-        values, vectors = torch.linalg.eigh(torch.cov(like.double().T).reshape(d, d))
-        drawn = drawn @ (vectors * values.clamp_min(0).sqrt()).float().cpu().T + like.mean(dim=0).cpu()
+        values, vectors = torch.linalg.eigh(torch.cov(like.cpu().double().T).reshape(d, d))
+        drawn = drawn @ (vectors * values.clamp_min(0).sqrt()).float().T + like.mean(dim=0).cpu()
     return normalize(drawn, dim=-1)
 
 

@@ -377,7 +377,7 @@ def _curve(name: str, patcher: Patcher, thresholds: Sequence[float], seed: int) 
         hook_name=patcher.hook_out,
         d_sae=int(patcher.sae.cfg.d_sae),
         n_candidates=len(exact),
-        unpatched=mean_interval(patcher.unpatched.double().cpu().numpy()),
+        unpatched=mean_interval(patcher.unpatched.cpu().double().numpy()),
         all_patched=points[0].kl,
         points=points,
         order=order,

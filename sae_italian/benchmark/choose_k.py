@@ -221,7 +221,7 @@ def choose_k(
         folders = dict(zip(runs, train_group(out, ("group", runs)), strict=True))
         model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
         reading = {"context_size": spec.context_size, "text_column": spec.text_column}
-        first = load_sae(next(iter(folders.values())))
+        first = load_sae(next(iter(folders.values())), device=spec.device)
         x, *_ = held_out_activations(first, model, spec.evaluate_corpus or spec.corpus, n_tokens, **reading)
         words = micro_words(model, spec.hook_name, PROBED, context_size=spec.context_size)
         found = recommend(_measured(runs, folders, x, words), next(iter(runs.values())).training_tokens)
@@ -233,7 +233,8 @@ def _measured(runs: Mapping[str, RunSpec], folders: Mapping[str, Path], x: Tenso
     """Return what each training has come to."""
     task, trials = ProbeTask(words, words), []
     for name in paced(runs, "measure", len(runs), "SAE"):
-        sae, spec = load_sae(folders[name]), runs[name]
+        spec = runs[name]
+        sae = load_sae(folders[name], device=spec.device)
         how, acts = fit(sae, x, x), encode_words(sae, words.x)
         probes: dict[str, list[float]] = {method: [] for method in PROBES}
         for found in sparse_probes(task, acts, acts, name, PROBES.values()):

@@ -162,7 +162,7 @@ def changes(prompt: Prompt, graph: Graph, latents: np.ndarray) -> Float[np.ndarr
     last = torch.arange(n_pos, device=prompt.tokens.device)[None] == n_pos - 1
 
     def centred(n: int) -> Float[Tensor, " n"]:
-        logits = logits_at(model, prompt.tokens.expand(n, -1), last.expand(n, -1)).double()
+        logits = logits_at(model, prompt.tokens.expand(n, -1), last.expand(n, -1)).cpu().double()
         return logits[:, logit] - (logits.mean(-1) if graph.against is None else logits[:, graph.against])
 
     before, found = centred(1), []

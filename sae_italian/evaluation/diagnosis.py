@@ -41,7 +41,8 @@ class Sample(NamedTuple):
 def take_sample(sae: Any, model: Any, tokens: Int[Tensor, "windows context"], keep: Tensor) -> Sample:
     hook_in, hook_out = hooks_of(sae)
     acts = read_many(model, tokens.to(model.device), [hook_in, hook_out])
-    return Sample(tokens, keep, acts[hook_in][keep].to(sae.dtype), acts[hook_out][keep].to(sae.dtype))
+    x, y = (acts[hook][keep].to(sae.device, sae.dtype) for hook in (hook_in, hook_out))
+    return Sample(tokens, keep, x, y)
 
 
 def activations(
@@ -118,10 +119,13 @@ def best_scale(sae: Any, sample: Sample) -> tuple[float, Fit]:
 def best_output_scale(sae: Any, sample: Sample) -> tuple[float, float]:
     """Return the factor on what the decoder adds to its bias that explains y best, and the gain in explained variance."""
     z = sae.encode(sample.x)
-    base = decoded(sae, torch.zeros_like(z), sample.x).double()
-    added, wanted = decoded(sae, z, sample.x).double() - base, sample.y.double() - base
+    y, base, with_z = (
+        each.cpu().double()
+        for each in (sample.y, decoded(sae, torch.zeros_like(z), sample.x), decoded(sae, z, sample.x))
+    )
+    added, wanted = with_z - base, y - base
     factor = ((added * wanted).sum() / added.pow(2).sum().clamp_min(1e-12)).item()
-    centred = (sample.y.double() - sample.y.double().mean(0)).pow(2).sum()
+    centred = (y - y.mean(0)).pow(2).sum()
     gain = ((wanted - added).pow(2).sum() - (wanted - factor * added).pow(2).sum()) / centred
     return factor, gain.item()
 

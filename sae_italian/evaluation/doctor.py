@@ -193,7 +193,7 @@ def _loss_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[st
     clean, with_sae, ablated = (sums[name] / sums["n_loss"] for name in ("ce", "ce_sae", "ce_zero"))
     recovered = (ablated - with_sae) / (ablated - clean)
     # what a model without context could reach: the entropy of the sample's own token frequencies, in nats
-    counts = torch.unique(sample.tokens[sample.keep], return_counts=True)[1].double()
+    counts = torch.unique(sample.tokens[sample.keep], return_counts=True)[1].cpu().double()
     unigram = torch.distributions.Categorical(counts).entropy().item()
     found = {"clean": clean, "with_sae": with_sae, "ablated": ablated, "unigram": unigram, "recovered": recovered}
     measures["losses"] = found

@@ -155,7 +155,7 @@ def measure(
     latents = sae.encode(x)
     latents = latents.to_dense() if latents.is_sparse else latents
     y_hat = decoded(sae, latents, x)
-    y, wide_hat = acts[hook_out][keep].double().cpu(), y_hat.double().cpu()
+    y, wide_hat = acts[hook_out][keep].cpu().double(), y_hat.cpu().double()
     norm, norm_hat = y.norm(dim=-1), wide_hat.norm(dim=-1)
     columns = {
         "n": torch.ones(len(y)),

@@ -33,7 +33,7 @@ def load_model(
     backend: Backend = "hf",
     *,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str = "auto",
     context: int | None = None,
     fetch: bool = True,
 ) -> Any:
@@ -44,7 +44,7 @@ def load_model(
     Logits of the three agree within 1e-4 of their spread in float32. In memory, `hf` and `bridge` need the weights once
     while loading, `hooked` twice. `name@revision` pins a revision of the hub; what was loaded is recorded at `.loaded_from`.
     `context` is the longest sequence, in tokens: only `hooked` has to know it beforehand (default: what the model
-    allows, at most 4096). Without `fetch`, weights that are not on this machine are refused.
+    allows, at most 4096). `auto` is the first GPU of CUDA, else the CPU. Without `fetch`, weights that are not on this machine are refused.
 
     Raises: UsageError for an unknown name, backend or dtype, a context the model does not allow, and when the weights
     can be neither found nor fetched.
@@ -124,7 +124,7 @@ def bos_count(tokenizer: PreTrainedTokenizerBase, text: str = "ciao") -> int:
 
 
 def device_of(name: str) -> str:
-    """Return the device of that name; of `auto`, the first of cuda, mps and cpu that is here.
+    """Return the device of that name; of `auto`, cuda where it is here, else cpu.
 
     Raises: UsageError for one that PyTorch does not know, does not see, or was not built for.
     """
@@ -132,7 +132,7 @@ def device_of(name: str) -> str:
 
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return next(kind for kind, is_here in here.items() if is_here)
+        return "cuda" if here["cuda"] else "cpu"  # mps, on which nothing of ours has run, is for who asks for it
     try:
         kind = torch.device(name).type
     except RuntimeError as error:

@@ -49,15 +49,15 @@ def fit(sae: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> Fit:
     out_scale = 1.0 if elsewhere else scale
     for (part, z), target in zip(encoded(sae, x * scale), y.split(CHUNK), strict=True):
         y_hat = decoded(sae, z, part) / out_scale
-        error += (target.to(y_hat.device) - y_hat).double().pow(2).sum().item()
+        error += (target.to(y_hat.device) - y_hat).cpu().double().pow(2).sum().item()
         n_active += int(z.count_nonzero())
         fired = fired | (z != 0).any(0)
-    return Fit(*explained(error, y), n_active / len(x), 1 - torch.as_tensor(fired).double().mean().item())
+    return Fit(*explained(error, y), n_active / len(x), 1 - torch.as_tensor(fired).cpu().double().mean().item())
 
 
 def explained(error: float, y: Float[Tensor, "tokens d_out"]) -> tuple[float, float]:
     """Return centred and uncentred explained variance of an error, the squares summed over all of y."""
-    wide = y.double()
+    wide = y.cpu().double()  # an Apple GPU has no float64
     return 1 - error / (wide - wide.mean(0)).pow(2).sum().item(), 1 - error / wide.pow(2).sum().item()
 
 

@@ -13,7 +13,7 @@ from sae_italian.models.loading import device_of
 from sae_italian.saes.releases import find_sae, snapshot
 
 
-def load_sae(name: str | Path, *, device: str = "cpu") -> Any:
+def load_sae(name: str | Path, *, device: str = "auto") -> Any:
     """Return a SAELens SAE from a folder or from `release:sae_id`, whatever of the known formats its files have.
 
     A folder may hold SAELens' format (of any of its versions), or one of `foreign.py`; also a whole run with one SAE in
@@ -92,7 +92,7 @@ def open_sae(sae: Any, model: Any = None, corpus: str | Path | None = None) -> t
     Raises: UsageError when the metadata does not say, and as `load_sae` and `load_model`.
     """
     if isinstance(sae, str | Path):
-        sae = load_sae(sae)
+        sae = load_sae(sae, device=str(getattr(model, "device", "auto")))
     corpus = corpus or sae.cfg.metadata.dataset_path
     if not corpus:
         raise UsageError("the SAE's metadata does not name its corpus; give one (--corpus).")

@@ -107,7 +107,7 @@ class RunSpec(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the model and its activations; the SAE is float32 unless `sae.dtype` says otherwise."""
     device: Annotated[str, AfterValidator(lambda name: device_of(name) if name == "auto" else name)] = "cpu"
-    """Where model and SAE are: cpu, cuda, cuda:N, mps, or auto: the first of cuda, mps and cpu that is here."""
+    """Where model and SAE are: cpu, cuda, cuda:N, mps, or auto: cuda where it is here, else cpu."""
     checkpoint_every_tokens: Count = 1_000_000
     """Tokens between two saved states."""
     wandb: Literal["off", "offline", "online"] = "off"

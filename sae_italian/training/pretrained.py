@@ -146,9 +146,9 @@ def latent_map(
     summary = {
         "cosine_median": cosine.median(),
         "cosine_p05": cosine.quantile(0.05),
-        "drifted": (cosine < DRIFTED_BELOW).double().mean(),
-        "moved": (which != torch.arange(len(which), device=which.device)).double().mean(),
-        "new": (near < NEW_BELOW).double().mean(),
+        "drifted": (cosine < DRIFTED_BELOW).cpu().double().mean(),
+        "moved": (which != torch.arange(len(which), device=which.device)).cpu().double().mean(),
+        "new": (near < NEW_BELOW).cpu().double().mean(),
         "nearest_by_chance": chance.median(),
     }
     found = {"cosine": cosine.cpu(), "nearest": which.cpu(), "cosine_nearest": near.cpu()}
