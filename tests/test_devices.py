@@ -25,7 +25,7 @@ from sae_italian.evaluation.doctor import examine
 from sae_italian.models import load_model
 from sae_italian.models import loading as models_loading
 from sae_italian.models.loading import device_of
-from sae_italian.saes import load_sae, sparse
+from sae_italian.saes import load_sae, model_of, sparse
 from sae_italian.saes import loading as saes_loading
 from sae_italian.saes.sparse import latent_sums, row_dots
 from sae_italian.training.config import spec_from_dict
@@ -262,6 +262,15 @@ def test_model_and_sae_may_be_in_different_places(trained_sae, places):
         model, sae = load_model("sae-italian-mini").to(places[0]), load_sae(trained_sae).to(places[1])
         assert evaluate(sae, model, "micro-italiano", n_tokens=600, context_size=64).explained_variance.value > 0
         assert examine(sae, model, "micro-italiano").check("norm scale").found
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_on_a_gpu_a_model_takes_the_room_that_it_took_in_training(monkeypatch, trained_sae, device, dtype):
+    """In bfloat16, as a 7B model fits into 24 GB; the processor computes in float32, which it does faster."""
+    sae = load_sae(trained_sae)
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": False, "dtype": "bfloat16"}
+    monkeypatch.setattr(saes_loading, "device_of", lambda _: device)
+    assert model_of(sae).dtype == dtype
 
 
 COMMANDS = {

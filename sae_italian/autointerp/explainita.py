@@ -46,9 +46,9 @@ class Latent:
     @property
     def index(self) -> int:
         """Return the latent's number in the SAE. Raises: DataError when the id does not end in one."""
-        found = re.fullmatch(r"(?:.*?latent)?(\d+)", self.id)
+        found = re.fullmatch(r"(?:.*?latent)?([0-9]{1,9})", self.id)
         if found is None:
-            raise DataError(f"latent id {self.id!r} is not of the form layers.14_latent8 or 8.")
+            raise DataError(f"latent id {self.id!r:.80} is not of the form layers.14_latent8 or 8.")
         return int(found[1])
 
 

@@ -28,8 +28,8 @@ from sae_italian.base.storage import atomic_path
 from sae_italian.browser.live import CALLS, Live, Refused, checked_text
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
-from sae_italian.models import load_model, load_tokenizer
-from sae_italian.saes import check_fits, load_sae
+from sae_italian.models import load_tokenizer
+from sae_italian.saes import check_fits, load_sae, model_of
 
 MEANING, N_NEAR = "meaning.npz", 20
 
@@ -187,7 +187,7 @@ def loaded(cache: FeatureCache, name: str | None = None, model: str | None = Non
     try:
         if sae is None:
             return {}
-        subject = load_model(model or cache.manifest.model)
+        subject = model_of(sae, model or cache.manifest.model)
         check_fits(sae, subject)
         return {"sae": sae, "model": subject}
     except (SaeItalianError, OSError):

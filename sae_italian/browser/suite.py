@@ -18,7 +18,8 @@ from sae_italian.browser.page import static_text, style
 from sae_italian.browser.source import RESULTS
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.layout import Manifest
-from sae_italian.models import load_model, parse_hook_name
+from sae_italian.models import parse_hook_name
+from sae_italian.saes import model_of
 
 CARD, OVERVIEW = "card.json", "overview.json"
 PER_SAE = 5  # latents of a sentence that are shown of each SAE
@@ -98,7 +99,7 @@ def latents_of(sentence: str, rows: Sequence[Row]) -> list[Row]:
         sae = cache and loaded_sae(cache)
         if not sae:
             continue
-        model = model or load_model(cache.manifest.model)
+        model = model or model_of(sae, cache.manifest.model)
         pages = open_pages(cache.folder, weights={"sae": sae, "model": model}, live=True)
         said = pages.live.call("tokens", {"sentence": sentence}) if pages.live else {"strongest": []}
         fired = [own for own in said["strongest"] if own["share"]]  # none for a latent that the cache never saw fire

@@ -24,7 +24,7 @@ from sae_italian.cache import Manifest
 from sae_italian.cache import verify as verify_files
 from sae_italian.cache.exchange import import_delphi
 from sae_italian.cli import Count, Folder, Model, Result, Seed, Source, Workers, own_words, short_names
-from sae_italian.saes import full_name, weights_hash
+from sae_italian.saes import full_name, model_of, weights_hash
 
 TOLD = ("detection", "fuzzing", "simulation")  # the scorers that the table of a run tells of by itself
 MOSTLY = 0.8  # of the documents, from which examples count as Italian
@@ -220,10 +220,11 @@ def _explained(
     from sae_italian.quickstart import analyse, forget_scores, table_of
 
     config = AutointerpConfig(**numbers)
-    model = sae_italian.load_model(name or cache.manifest.model)
     sae = None  # without the random control it only names decoder neighbours
     with nullcontext() if control else suppress(SaeItalianError):
         sae = sae_italian.load_sae(cache.manifest.sae)
+    given = name or str(cache.manifest.model)
+    model = sae_italian.load_model(given) if sae is None else model_of(sae, given)
     if settings.wants_llm and settings.estimate:  # which changes nothing
         return Result(estimate_beside(cache, model.tokenizer, config, sae, settings, control=control))
     if overwrite:
@@ -256,18 +257,19 @@ def _scored(
     if not store.is_file():
         raise UsageError(f"{cache.folder} has no explanations yet; run `sae-italian autointerp {cache.folder}` first.")
     explainer = LLMExplainer(DryClient(settings)).name if settings.explainer == "llm" else EXPLAINER
-    model = sae_italian.load_model(name or cache.manifest.model)
-    judges, language = [], settings.language
+    given, judges, language = name or str(cache.manifest.model), [], settings.language
+    tokenizer = sae_italian.load_tokenizer(given)
     if encoder is not None:
         encoders = {N_GRAMS: n_grams} | ({f"encoder {encoder}": Encoder(encoder)} if str(encoder) != N_GRAMS else {})
         judges += [EncoderJudge(encode, language, named(judge, language)) for judge, encode in encoders.items()]
     twin, twins = cache.folder / TWIN_FOLDER, list(judges)  # the subject model has the SAE's directions
     if subject:
+        model = model_of(sae_italian.load_sae(cache.manifest.sae), given)
         judges.append(replace(subject_judge(cache, model), language=language, name=named("subject", language)))
-    score_with_models(cache, model.tokenizer, store, judges, latents=n_scored, explainer=explainer)
+    score_with_models(cache, tokenizer, store, judges, latents=n_scored, explainer=explainer)
     if twins and (twin / STORE_FILE).is_file():
         with suppress(UsageError):  # a twin that this explainer has explained nothing of is no control
             opened = sae_italian.FeatureCache.open(twin)
-            score_with_models(opened, model.tokenizer, twin / STORE_FILE, twins, latents=n_scored, explainer=explainer)
+            score_with_models(opened, tokenizer, twin / STORE_FILE, twins, latents=n_scored, explainer=explainer)
     rows = means(store, explainer, [judge.name for judge in judges], twin / STORE_FILE)
     return Result(rows, means_table(rows))

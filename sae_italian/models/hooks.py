@@ -29,7 +29,7 @@ _BRIDGE = {
 }
 SITES: dict[Site, str] = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "hook_mlp_out", "TC": "mlp.hook_in"}
 # What Hugging Face models call a block's container and its parts: how sparsify, Delphi and people name a module's output.
-_PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.([0-9]+)(?:\.(self_attn|attn|attention|mlp))?")
+_PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.([0-9]{1,9})(?:\.(self_attn|attn|attention|mlp))?")
 _OUTPUTS = {None: "hook_resid_post", "mlp": "hook_mlp_out"}  # by the part in a path; else the attention's
 _LLAMA = {"": "", "attn": ".self_attn", "mlp": ".mlp", "ln2": ".post_attention_layernorm"}
 _adapters: dict[str, Any] = {}  # by what a config says, which is read anew for each SAE
@@ -114,7 +114,7 @@ def parse_hook_name(name: str, n_layers: int | None = None) -> Hook:
     Raises: UsageError for an unknown name or a layer the model does not have.
     """
     hook, layer = None, 0
-    if match := re.fullmatch(r"blocks\.([0-9]+)\.(.+)", name):
+    if match := re.fullmatch(r"blocks\.([0-9]{1,9})\.(.+)", name):
         layer, rest = int(match[1]), match[2]
         legacy = next((legacy for legacy, bridge in _BRIDGE.items() if rest in (legacy, bridge)), None)
         hook = Hook(layer, legacy) if legacy else None
@@ -122,7 +122,7 @@ def parse_hook_name(name: str, n_layers: int | None = None) -> Hook:
         hook = Hook(int(match[1]), _OUTPUTS.get(match[2], "hook_attn_out"))
     if hook is None:
         examples = [f"blocks.{layer}.{option}" for option in _BRIDGE]
-        raise UsageError(f"hook_name {name!r} is unknown. {nearest(name, examples)}")
+        raise UsageError(f"hook_name {name!r:.80} is unknown. {nearest(name, examples)}")
     if n_layers is not None and hook.layer >= n_layers:
         raise UsageError(f"hook_name {name!r}: the model has layers 0 to {n_layers - 1}. Use one of these.")
     return hook

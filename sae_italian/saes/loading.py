@@ -9,7 +9,7 @@ from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.hub import explain
 from sae_italian.base.storage import fingerprint, path_of, understood
 from sae_italian.models import load_model
-from sae_italian.models.loading import device_of
+from sae_italian.models.loading import DTYPES, device_of
 from sae_italian.saes.releases import find_sae, snapshot
 
 
@@ -100,11 +100,17 @@ def open_sae(sae: Any, model: Any = None, corpus: str | Path | None = None) -> t
 
 
 def model_of(sae: Any, model: Any = None) -> Any:
-    """Return a model: itself, the one of that name, or the one the SAE names. Raises: UsageError when it names none."""
+    """Return a model: itself, the one of that name, or the one the SAE names. Raises: UsageError when it names none.
+
+    On a GPU it is loaded in the precision that the SAE was trained on, so that it fits where the training did.
+    """
     model = model or sae.cfg.metadata.model_name
     if not model:
         raise UsageError("the SAE's metadata does not name its model; give one (--model).")
-    return load_model(model) if isinstance(model, str) else model
+    if not isinstance(model, str):
+        return model
+    kind = str((sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("dtype")).removeprefix("torch.")
+    return load_model(model, dtype=kind if kind in DTYPES and device_of("auto") != "cpu" else "float32")
 
 
 def full_name(sae: Any) -> str:

@@ -46,6 +46,13 @@ def test_a_layer_the_model_does_not_have():
         parse_hook_name("blocks.4.hook_resid_post", n_layers=4)
 
 
+@pytest.mark.parametrize("form", ["blocks.{}.hook_resid_post", "model.layers.{}"])
+def test_a_number_that_python_reads_no_more_is_an_unknown_hook(form):
+    with pytest.raises(UsageError, match="is unknown") as told:
+        parse_hook_name(form.format("9" * 6_000))
+    assert len(str(told.value)) < 300
+
+
 @pytest.mark.parametrize(
     ("model_type", "paths"),
     [

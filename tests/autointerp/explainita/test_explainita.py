@@ -91,8 +91,9 @@ def test_task_2_is_read_and_its_test_split_is_hidden(tmp_path):
 def test_rows_that_are_not_as_described_are_named(tmp_path, row, words):
     with pytest.raises(DataError, match=words):
         read_split(jsonl_of(tmp_path / "bad.jsonl", [row]), 2)
-    with pytest.raises(DataError, match="not of the form"):
-        _ = read_split(jsonl_of(tmp_path / "id.jsonl", [{**task2_row(1, []), "Latent ID": "x"}]), 2)[0].index
+    for identifier in ("x", "layers.14_latent" + "9" * 6_000):
+        with pytest.raises(DataError, match="not of the form"):
+            _ = read_split(jsonl_of(tmp_path / "id.jsonl", [{**task2_row(1, []), "Latent ID": identifier}]), 2)[0].index
     (tmp_path / "broken.parquet").write_bytes(b"no")
     with pytest.raises(DataError, match="cannot be read"):
         read_split(tmp_path / "broken.parquet", 2)
