@@ -106,7 +106,9 @@ class RunSpec(BaseModel):
     """Trainings with other weights at the start (seed, seed + 1, ...) on the same batches; the others lie in `seeds/`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the model and its activations; the SAE is float32 unless `sae.dtype` says otherwise."""
-    device: Annotated[str, AfterValidator(lambda name: device_of(name) if name == "auto" else name)] = "cpu"
+    device: Annotated[str, AfterValidator(lambda name: device_of(name) if name == "auto" else name)] = Field(
+        "auto", validate_default=True
+    )
     """Where model and SAE are: cpu, cuda, cuda:N, mps, or auto: cuda where it is here, else cpu."""
     checkpoint_every_tokens: Count = 1_000_000
     """Tokens between two saved states."""
