@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.examples import RULE, Explainer, Judge, LatentExamples
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
-from sae_italian.autointerp.store import Explanation, Judgement, Store
+from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Trio, Work, cache_identity, do_batch, stored_config
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
@@ -139,7 +139,7 @@ class Run:
         self._claim(judge)
         todo = self._unscored(name, judge.name, draw)
 
-        def score(item: tuple[LatentExamples, Trio]) -> tuple[list[Row], list[Judgement]]:
+        def score(item: tuple[LatentExamples, Trio]) -> tuple[list[Row], list[Row]]:
             examples, ((row_id, own), (_, lookup), stranger) = item
             asked = [Asked(judge, own, row_id=row_id)]
             if stranger is not None:

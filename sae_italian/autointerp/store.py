@@ -1,39 +1,21 @@
-"""Explanations and scores in SQLite: one file beside the cache, written latent by latent, resumed by itself."""
+"""Explanations and scores in SQLite (`store.sql`): one file beside the cache, written latent by latent, resumed by itself."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_italian.autointerp.database import CALLS_TABLE, RecordTable, connect, connect_to_read, problem
+from sae_italian.autointerp.database import connect, connect_to_read, insert, problem, unpacked
 from sae_italian.base.errors import DataError, UsageError
 
 NO_ANSWER = "no answer"  # status of what the endpoint failed on or refused: a rerun asks again
 UNANSWERED = -2  # what a judge `said` where the endpoint failed: a rerun judges the latent again
 ScoreName = tuple[str, ...]  # control, scorer, negatives and metric
 NOW = "@now"  # ends the explainer's name of what was made on demand (work.py), which belongs to no run
-
-
-class Setting(NamedTuple):
-    """What the store belongs to, and what was noticed while it was filled."""
-
-    key: str
-    value: str
-
-
-class Feature(NamedTuple):
-    """How much there is to see of a latent: what decides whether it can be explained."""
-
-    latent: int
-    n_active: int  # tokens on which it fires
-    maximum: float
-    n_train: int  # segments on which it is active, to draw positives from
-    n_val: int
-    n_test: int
 
 
 class Explanation(NamedTuple):
@@ -58,66 +40,14 @@ class Explanation(NamedTuple):
         return ((self.rule or {}).get("title") or {}).get(language, "")
 
 
-class ScoreRow(NamedTuple):
-    """One metric of one explanation under one judge."""
-
-    explanation_id: int
-    latent: int  # whose examples were judged
-    control: str  # "", shuffled: the explanation of another latent, empty: a text that explains nothing
-    scorer: str
-    judge: str
-    negatives: str
-    metric: str
-    value: float | None
-    lo: float | None
-    hi: float | None
-    n_positive: int
-    n_negative: int
-    n_failed: int = 0  # examples without a usable answer
-    split: str = "test"
-
-
 class Falls(NamedTuple):
-    """By how much an explanation's balanced accuracies fall where a group of documents is left out."""
+    """A row of the table `falls`."""
 
     explanation_id: int
     latent: int
     control: str
     judge: str
-    falls: dict[str, list[int | None]] | None  # "detection random": thousandths by group, None where it has no example
-
-
-class Judgement(NamedTuple):
-    """One judge's answer about one example; of a simulation only what is missing of it."""
-
-    explanation_id: int
-    latent: int
-    control: str
-    scorer: str
-    judge: str
-    example: int  # place in what the scorer showed
-    first: int  # position of its first token in the cache
-    negatives: str  # source of a negative, "" for a positive
-    said: int  # 1 yes, 0 no, -1 an unusable answer, -2 no answer
-    probability: float | None
-
-
-class Call(NamedTuple):
-    """One question to a language model, and what came back."""
-
-    request_hash: str  # of model, messages and parameters, not of the endpoint
-    model: str
-    purpose: str  # explain, repair, detection, fuzzing, simulation
-    status: str  # ok, or why there is no answer
-    reply: dict[str, Any] | None  # text, finish reason, log-probabilities
-    tokens_in: int | None  # None where the server does not say
-    tokens_cached: int | None
-    tokens_out: int | None
-    usd: float | None  # None where the price is not known
-    usd_uncertain: float  # at most this much for attempts whose answer was lost
-    latency: float  # seconds
-    attempts: int
-    created: str
+    falls: dict[str, list[int | None]]
 
 
 class Label(NamedTuple):
@@ -135,26 +65,13 @@ class Label(NamedTuple):
     threshold: float = 0.0  # the latent says yes above this share of its maximum
 
 
-_WHERE = ("latent", "explanation_id", "control", "scorer", "judge")
-SETTINGS = RecordTable("run", Setting, "key")
-FEATURES = RecordTable("feature", Feature, "latent")
-EXPLANATIONS = RecordTable("explanation", Explanation, "latent", "explainer", numbered=True)
-_NAMES = ("control", "scorer", "judge", "negatives", "metric", "split")
-SCORES = RecordTable("score", ScoreRow, *_WHERE, "negatives", "metric", clustered=True, coded=_NAMES)
-FALLS = RecordTable("falls", Falls, "latent", "explanation_id", "control", "judge", clustered=True)
-JUDGEMENTS = RecordTable("judgement", Judgement, *_WHERE, "example", clustered=True)
-CALLS = RecordTable(CALLS_TABLE, Call, "request_hash")
-LABELS = RecordTable("label", Label, "latent", "label", "source")
-TABLES = {table.name: table for table in (SETTINGS, FEATURES, EXPLANATIONS, SCORES, FALLS, JUDGEMENTS, CALLS, LABELS)}
-
-
 class Store:
     """The store of one cache and one configuration. Use as a context manager."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, read_only: bool = False):
         """Open or create. Raises: UsageError when the file belongs to another cache or configuration."""
         self.path = path
-        self.connection = connect_to_read(path) if read_only else connect(path, TABLES.values())
+        self.connection = connect_to_read(path) if read_only else connect(path)
         wanted = {key: json.dumps(value) for key, value in identity.items()}
         try:
             known, unused = self.notes(), not self._any("explanation WHERE explainer NOT LIKE ?", "%" + NOW)
@@ -203,19 +120,19 @@ class Store:
     def note(self, facts: Mapping[str, str]) -> None:
         """Keep facts about the run by name, such as what an endpoint cannot do."""
         with self.connection:
-            SETTINGS.add(self.connection, map(Setting._make, facts.items()), replace=True)
+            insert(self.connection, "run", facts.items(), replace=True)
 
     def notes(self) -> dict[str, str]:
         return dict(self.connection.execute("SELECT key, value FROM run"))
 
-    def add_explanations(self, explanations: Iterable[Explanation], features: Iterable[Feature] = ()) -> None:
+    def add_explanations(self, explanations: Iterable[Explanation], features: Iterable[Sequence[Any]] = ()) -> None:
         """Add explanations and what they were made from, all or nothing; one that had no answer gives way to a later one."""
         rows = list(explanations)
         query = "DELETE FROM explanation WHERE latent = ? AND explainer = ? AND status = ?"
         with self.connection:
-            FEATURES.add(self.connection, features, replace=True)
+            insert(self.connection, "feature", features, replace=True)
             self.connection.executemany(query, [(row.latent, row.explainer, NO_ANSWER) for row in rows])
-            EXPLANATIONS.add(self.connection, rows)
+            insert(self.connection, "explanation", ((None, *row) for row in rows))
 
     def replace_explanations(self, explanations: Sequence[Explanation]) -> dict[str, int]:
         """Put explanations in the place of their explainers' earlier ones, whose scores go too; return ids by explainer."""
@@ -229,13 +146,18 @@ class Store:
 
     def explanations_of(self, latent: int) -> dict[str, Explanation]:
         """Return the explanations of one latent by explainer."""
-        found = EXPLANATIONS.select(self.connection, "WHERE latent = ? ORDER BY id", (latent,))
-        return {explanation.explainer: explanation for _, explanation in found}
+        return {found.explainer: found for _, found in self._explanations("latent = ? ORDER BY id", latent)}
 
     def explanations(self, explainer: str) -> dict[int, tuple[int, Explanation]]:
         """Return id and explanation by latent."""
-        found = EXPLANATIONS.select(self.connection, "WHERE explainer = ? ORDER BY latent", (explainer,))
-        return {row[1].latent: row for row in found}
+        return {row[1].latent: row for row in self._explanations("explainer = ? ORDER BY latent", explainer)}
+
+    def _explanations(self, which: str, value: Any) -> Iterator[tuple[int, Explanation]]:
+        query = f"SELECT * FROM explanation WHERE {which}"
+        for number, *values in self.connection.execute(query, (value,)):
+            found = Explanation._make(values)
+            rule, notes = (unpacked(kept, number, "explanation") for kept in (found.rule, found.notes))
+            yield number, found._replace(rule=rule, notes=notes)
 
     def explained(self, explainer: str) -> set[int]:
         """Return the latents that this explainer is done with."""
@@ -254,23 +176,24 @@ class Store:
         found = self.connection.execute(sets, 3 * (judge, explainer) + (UNANSWERED,))
         return {latent for (latent,) in found}
 
-    def add_scores(self, rows: Iterable[Sequence[Any]], judgements: Iterable[Judgement] = ()) -> None:
-        """Add scores (fields of `ScoreRow`, or `Falls`) and what they rest on; a judge's on missing answers give way.
+    def add_scores(self, rows: Iterable[Sequence[Any]], judgements: Iterable[Sequence[Any]] = ()) -> None:
+        """Add scores (the table's columns up to `n_failed`, or `Falls`) and what they rest on, of the table `judgement`.
 
-        Those of an earlier stranger too: who is another latent's control changes with what is explained.
+        A judge's scores on missing answers give way, those of an earlier stranger too: who is another latent's control
+        changes with what is explained.
         """
         judged, given = list(judgements), list(rows)
-        scores = [ScoreRow(*row) for row in given if not isinstance(row, Falls)]
+        scores = [row for row in given if not isinstance(row, Falls)]
         where = """latent = ? AND judge = ? AND (SELECT explainer FROM explanation WHERE id = explanation_id)
                    = (SELECT explainer FROM explanation WHERE id = ?)"""
         with self.connection:
-            for key in {(row.latent, row.judge, row.explanation_id) for row in [*scores, *judged]}:
+            for key in {(latent, judge, of) for of, latent, _, _, judge, *_ in [*scores, *judged]}:
                 if self._any(f"judgement WHERE {where} AND said = ?", *key, UNANSWERED):
                     for table in ("score", "falls", "judgement"):
                         self.connection.execute(f"DELETE FROM {table} WHERE {where}", key)
-            SCORES.add(self.connection, scores)
-            FALLS.add(self.connection, (row for row in given if isinstance(row, Falls)))
-            JUDGEMENTS.add(self.connection, judged)
+            insert(self.connection, "score", ((*row, "test") for row in scores))
+            insert(self.connection, "falls", (row for row in given if isinstance(row, Falls)))
+            insert(self.connection, "judgement", judged)
 
     def scores(self, explainer: str, judge: str) -> dict[ScoreName, dict[int, Any]]:
         """Return value and lower end by name and latent of all scores of one explainer's texts by one judge.
@@ -295,9 +218,10 @@ class Store:
 
     def falls(self, explainer: str, judge: str) -> dict[tuple[str, int], dict[str, list[int | None]]]:
         """Return by control and latent how scores fall without a group of documents; {} in a store older than these."""
-        rest = "WHERE judge = ? AND explanation_id IN (SELECT id FROM explanation WHERE explainer = ?)"
-        found = FALLS.select(self.connection, rest, (judge, explainer))
-        return {(row.control, row.latent): row.falls or {} for _, row in found}
+        query = """SELECT control, latent, falls FROM falls
+                   WHERE judge = ? AND explanation_id IN (SELECT id FROM explanation WHERE explainer = ?)"""
+        found = self.connection.execute(query, (judge, explainer))
+        return {(control, latent): unpacked(kept, latent, "falls") or {} for control, latent, kept in found}
 
     def judged(self) -> list[tuple[str, str]]:
         """Return explainer and judge of all who told a latent's examples apart, in the order they came, the rules' own first.
@@ -313,11 +237,12 @@ class Store:
         """Add labels at once; earlier ones of the same sources give way."""
         with self.connection:
             self.connection.executemany("DELETE FROM label WHERE source = ?", {(row.source,) for row in labels})
-            LABELS.add(self.connection, labels)
+            insert(self.connection, "label", labels)
 
     def labels(self) -> list[Label]:
         """Return all labels, the best F1 first."""
-        return [label for _, label in LABELS.select(self.connection, "ORDER BY f1 DESC, latent, label, source")]
+        found = self.connection.execute("SELECT * FROM label ORDER BY f1 DESC, latent, label, source")
+        return list(map(Label._make, found))
 
     def spending(self) -> dict[str, Any]:
         """Return calls, tokens and cost by model; `usd` is None where a call's price is not known."""
@@ -332,7 +257,7 @@ def forget(path: Path) -> None:
     """Drop all of a store but its calls, which were paid for and answer a rerun; a file that is no store is removed."""
     try:
         if path.is_file():
-            connect(path, TABLES.values(), forget=True).close()
+            connect(path, forget=True).close()
     except DataError:
         for ending in ("", "-wal", "-shm"):
             path.with_name(path.name + ending).unlink(missing_ok=True)

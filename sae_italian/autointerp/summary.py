@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
-from sae_italian.autointerp.database import json_of
+from sae_italian.autointerp.database import JSON_COLUMNS, TABLES, json_of
 from sae_italian.autointerp.draws import FUZZING_NEGATIVES, SEGMENT_NEGATIVES
 from sae_italian.autointerp.examples import RULE
 from sae_italian.autointerp.run import NOTHING_SAID
@@ -21,7 +21,7 @@ from sae_italian.autointerp.scorers import SCORERS, falls_name
 from sae_italian.autointerp.scorers.binary import GAIN, GROUPS, HEADLINE
 from sae_italian.autointerp.scorers.budget import BUDGETS, SOURCE
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
-from sae_italian.autointerp.store import NOW, TABLES, Store
+from sae_italian.autointerp.store import NOW, Store
 from sae_italian.autointerp.work import SHUFFLED, TITLE, WHOLE, stored_config
 from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import WandbRun
@@ -288,17 +288,17 @@ def export(path: Path, out: Path, to: str, *, project: str | None = None) -> lis
         raise UsageError(f"{path} does not exist: run `sae-italian autointerp` on the cache first.")
     files, tables = [], {}
     with Store(path, {}) as store:
-        for name, table in TABLES.items():
+        for name in TABLES:
             cursor = store.connection.execute(f"SELECT * FROM {name}")
             names, columns = [column[0] for column in cursor.description], zip(*cursor.fetchall(), strict=True)
             cells = dict(zip(names, list(columns) or [()] * len(names), strict=True))
-            cells |= {key: [kept and json_of(kept) for kept in cells[key]] for key in table.json_columns}
+            cells |= {key: [kept and json_of(kept) for kept in cells[key]] for key in JSON_COLUMNS if key in cells}
             tables[name] = pyarrow.table(cells)
             files.append(out / f"{name}.{'jsonl' if to == 'jsonl' else 'parquet'}")
             if to == "jsonl":
                 rows = tables[name].to_pylist()
                 for row in rows:
-                    row |= {key: row[key] and json.loads(row[key]) for key in table.json_columns}
+                    row |= {key: row[key] and json.loads(row[key]) for key in JSON_COLUMNS if key in cells}
                 write_text(files[-1], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             else:
                 with atomic_path(files[-1]) as temporary:

@@ -30,7 +30,7 @@ from sae_italian.autointerp.examples import (
 from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.scorers import Asked, Row, score_rows
 from sae_italian.autointerp.scorers.binary import HEADLINE
-from sae_italian.autointerp.store import NOW, Explanation, Feature, Store
+from sae_italian.autointerp.store import NOW, Explanation, Store
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.storage import fingerprint, utc_now
 from sae_italian.cache import FeatureCache
@@ -108,14 +108,15 @@ class Work:
         self.places.prepare()
         self.source.prepare()
 
-    def explain(self, latent: int) -> tuple[Feature, list[Explanation]]:
-        """Return how much there is to see of a latent, and its best rule and token lookup, or why there is none."""
+    def explain(self, latent: int) -> tuple[tuple[Any, ...], list[Explanation]]:
+        """Return how much there is to see of a latent (a row of `feature`), and its best rule and token lookup, or why there is none."""
         activity, statistics = self.source.activity(latent), self.cache.statistics
         parts = self.source.usable_part[activity.active]
         n = [int((parts == number).sum()) for number in range(len(LEAST_POSITIVES))]
-        feature = Feature(latent, int(statistics["count"][latent]), float(statistics["max"][latent]), *n)
+        n_active, maximum = int(statistics["count"][latent]), float(statistics["max"][latent])
+        feature = latent, n_active, maximum, *n
         if any(found < least for found, least in zip(n, LEAST_POSITIVES, strict=True)):
-            status = "too few activations" if feature.n_active else "dead"
+            status = "too few activations" if n_active else "dead"
             return feature, [Explanation(latent, name, status, "", "", None) for name in (EXPLAINER, LOOKUP)]
         return feature, self.explainer.explain(activity)
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
+from sae_italian.autointerp.database import insert, unpacked
 from sae_italian.autointerp.draws import ExampleSource
 from sae_italian.autointerp.examples import ConstantJudge
-from sae_italian.autointerp.store import FALLS, FEATURES, Explanation, Store
+from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.wording import quoted
 from sae_italian.autointerp.work import Work
 from sae_italian.base import units
@@ -69,11 +70,11 @@ def test_dead_and_rare_latents_are_reported_and_never_scored(store, planted):
         rows = [row for latent in range(DEAD) for row in scores_of(opened, latent) if row["scorer"] != "simulation"]
         counted = [row for row in rows if not row["metric"].startswith("tpr_decile")]
         assert all(row["n_positive"] == row["n_negative"] >= 10 for row in counted) and len(counted) > 100
-        features = {row.latent: row for _, row in FEATURES.select(opened.connection)}
+        features = {row[0]: row for row in opened.connection.execute("SELECT * FROM feature")}
         assert sorted(features) == sorted(explanations)  # the dead and the rare among them
         assert features[DEAD] == (DEAD, 0, 0.0, 0, 0, 0)
-        assert features[RARE].n_active == 3 and 0 < sum(features[RARE][3:]) <= 3
-        assert features[0].n_active == len(planted.latent(0).position) and min(features[0][3:]) >= 10
+        assert features[RARE][1] == 3 and 0 < sum(features[RARE][3:]) <= 3
+        assert features[0][1] == len(planted.latent(0).position) and min(features[0][3:]) >= 10
     summary = summarise(store)
     assert (summary.n_dead, summary.n_too_few, summary.n_explained) == (1, 1, DEAD)
 
@@ -120,10 +121,10 @@ def test_means_know_the_documents_that_latents_share_and_an_older_store_says_wha
     with Store(path, {}) as opened:
         values = np.array([*opened.values(explainer="rules", control="", scorer="detection", negatives="random",
                                           metric="balanced_accuracy").values()])  # fmt: skip
-        rows = [row._replace(falls={key: x for key, x in row.falls.items() if "budget" not in key})
-                for _, row in FALLS.select(opened.connection)]  # fmt: skip
+        rows = [(*row, {key: x for key, x in unpacked(falls, 0, "falls").items() if "budget" not in key})
+                for *row, falls in opened.connection.execute("SELECT * FROM falls")]  # fmt: skip
         with opened.connection:
-            FALLS.add(opened.connection, rows, replace=True)
+            insert(opened.connection, "falls", rows, replace=True)
         between = summarise(path)  # of a store that knows how detection falls, but not how bits do
         with opened.connection:
             opened.connection.execute("DROP TABLE falls")

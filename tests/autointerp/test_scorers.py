@@ -38,7 +38,7 @@ from sae_italian.autointerp.scorers.subject import (
     intruder,
     surprisal,
 )
-from sae_italian.autointerp.store import Explanation, Falls, Judgement, Store
+from sae_italian.autointerp.store import Explanation, Falls, Store
 from sae_italian.autointerp.work import AutointerpConfig
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import Estimate, auroc_by_document, two_way_mean
@@ -120,9 +120,9 @@ def test_a_judges_answers_are_told_example_by_example():
     one.answers["detection"] = shown, Verdicts(np.array([1, 0]), np.array([0.75, np.nan]))
     one.answers["fuzzing"] = shown[1:], Verdicts(np.array([-1]), None)
     expected = [
-        Judgement(7, 5, "shuffled", "detection", "j", 0, 11, "", 1, 0.75),
-        Judgement(7, 5, "shuffled", "detection", "j", 1, 22, "random", 0, None),
-        Judgement(7, 5, "shuffled", "fuzzing", "j", 0, 22, "random", -1, None),
+        (7, 5, "shuffled", "detection", "j", 0, 11, "", 1, 0.75),
+        (7, 5, "shuffled", "detection", "j", 1, 22, "random", 0, None),
+        (7, 5, "shuffled", "fuzzing", "j", 0, 22, "random", -1, None),
     ]
     assert list(one.judgements(5)) == expected  # pyright: ignore[reportArgumentType]
 

@@ -12,20 +12,8 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from sae_italian.autointerp.database import connect
-from sae_italian.autointerp.store import (
-    CALLS,
-    SCORES,
-    TABLES,
-    Call,
-    Explanation,
-    Feature,
-    Judgement,
-    Label,
-    ScoreRow,
-    Store,
-    forget,
-)
+from sae_italian.autointerp.database import TABLES, connect, insert
+from sae_italian.autointerp.store import Explanation, Label, Store, forget
 from sae_italian.autointerp.summary import export, summarise
 from sae_italian.autointerp.work import stored_config
 from sae_italian.base.errors import DataError, UsageError
@@ -36,20 +24,18 @@ from tests.autointerp.llm.endpoint import FakeEndpoint
 
 OLD = Path(__file__).parents[1] / "data" / "old"
 FEMININE = Label(5, "Gender=Fem,Number=Plur", "UD ISDT", 0.91, 0.88, 0.93, 0.95, 0.875, 120, 0.5)
-ROW = (1, 5, "", "detection", "rule", "random", "balanced_accuracy", 0.9, 0.8, 1.0, 50, 50)
+ROW = (1, 5, "", "detection", "rule", "random", "balanced_accuracy", 0.9, 0.8, 1.0, 50, 50, 0)
+JUDGEMENT = (1, 5, "", "detection", "llm:m:it1", 0, 77, "", 1, 0.75)
 
 
 def filled(path):
     with Store(path, {"cache": "abc"}) as store:
         store.add_explanations([Explanation(5, "llm:m:it1", "ok", "verbi", "", None, "llm", "it1-x", {"examples": 3})])
-        store.add_scores(
-            [(*ROW[:4], "llm:m:it1", *ROW[5:], 2)], [Judgement(1, 5, "", "detection", "llm:m:it1", 0, 77, "", 1, 0.75)]
-        )
-        store.add_explanations([], [Feature(5, 100, 2.5, 40, 20, 50)])
+        store.add_scores([(*ROW[:4], "llm:m:it1", *ROW[5:12], 2)], [JUDGEMENT])
+        store.add_explanations([], [(5, 100, 2.5, 40, 20, 50)])
         with store.connection:
-            CALLS.add(
-                store.connection, [Call("h", "m", "explain", "ok", {"text": "è"}, 9, 0, 3, 0.01, 0, 0.1, 1, "now")]
-            )
+            call = ("h", "m", "explain", "ok", {"text": "è"}, 9, 0, 3, 0.01, 0, 0.1, 1, "now")
+            insert(store.connection, "call", [call])
     return path
 
 
@@ -166,9 +152,8 @@ def test_what_had_no_answer_is_not_done_and_gives_way(tmp_path):
 def test_scores_and_judgements_go_in_together_or_not_at_all(tmp_path):
     path = filled(tmp_path / "s")
     with Store(path, {"cache": "abc"}) as store:
-        again = Judgement(1, 5, "", "detection", "llm:m:it1", 0, 77, "", 1, 0.75)  # judged twice
         with pytest.raises(sqlite3.IntegrityError):
-            store.add_scores([ROW], [again])
+            store.add_scores([ROW], [JUDGEMENT])  # judged twice
         assert store.judged() == [("llm:m:it1", "llm:m:it1")]
 
 
@@ -213,7 +198,7 @@ def test_a_full_disk_is_said_and_what_was_stored_stays(tmp_path):
 
 def test_a_paid_answer_is_on_the_disk_before_it_is_read(tmp_path):
     """SQLite's `synchronous`: 2 is FULL, so that a commit survives a power failure; the rest of a run need not."""
-    ledger = connect(filled(tmp_path / "s"), TABLES.values(), durable=True)
+    ledger = connect(filled(tmp_path / "s"), durable=True)
     assert ledger.execute("PRAGMA synchronous").fetchone() == (2,)
     ledger.close()
 
@@ -231,7 +216,7 @@ def test_each_explainer_is_exported_with_the_score_of_the_judge_that_read_it(tmp
         names = ("rules", "llm:a", "llm:b")
         store.add_explanations([Explanation(5, name, "ok", "verbi", "", None) for name in names])
         asked = [(1, "rule"), (1, "llm:a"), (1, "always-yes"), (2, "llm:a"), (3, "llm:b")]
-        where = ("random", "balanced_accuracy", 0.9, None, None, 2, 2)
+        where = ("random", "balanced_accuracy", 0.9, None, None, 2, 2, 0)
         store.add_scores((n, 5, "", "detection", judge, *where) for n, judge in asked)
         store.add_scores((n, 5, "", "embedding", "encoder", "random", "auroc", *where[2:]) for n in (1, 2, 3))
         assert store.judged() == [("rules", "rule"), ("rules", "llm:a"), ("llm:a", "llm:a"), ("llm:b", "llm:b")]
@@ -251,7 +236,7 @@ def test_names_of_scores_are_kept_by_number_and_read_and_deleted_as_they_are(tmp
         words = {word for (word,) in ask("SELECT word FROM word")}
         assert {row[place] for row in before for place in (2, 3, 4, 5, 6, 13)} == words
         with pytest.raises(sqlite3.IntegrityError):
-            SCORES.add(store.connection, [ScoreRow(*before[0])])
+            insert(store.connection, "score", [before[0]])
         gone = before[0][6]
         ask("DELETE FROM score WHERE metric = ?", (gone,))
         assert ask("SELECT * FROM score ORDER BY metric, negatives").fetchall() == [r for r in before if r[6] != gone]
@@ -308,7 +293,7 @@ def test_a_score_of_eight_tenths_counts_whatever_its_last_bit_and_the_share_is_o
         ]
         for scorer, negatives, scores in rows:
             where = (scorer, "rule", negatives, "balanced_accuracy")
-            store.add_scores((n + 1, n, "", *where, value, None, None, 50, 50) for n, value in enumerate(scores))
+            store.add_scores((n + 1, n, "", *where, value, None, None, 50, 50, 0) for n, value in enumerate(scores))
     found = summarise(tmp_path / "s")
     assert (found.n_latents, found.n_explained, found.n_scored) == (4, 4, 3)
     assert found.share_detected.value == pytest.approx(2 / 3)

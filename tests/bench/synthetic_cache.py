@@ -117,7 +117,21 @@ def write_explained(folder: Path, *, d_sae: int, n_non_zeros: int) -> None:
             scores = rng.uniform(0.5, 1.0, size=(d_sae, 2)).round(3).tolist()
             kinds = (("detection", "random"), ("fuzzing", "same-token"))
             store.add_scores(
-                (ids[i], i, "", scorer, "rule", negatives, "balanced_accuracy", value, value - 0.1, value + 0.1, 50, 50)
+                (
+                    ids[i],
+                    i,
+                    "",
+                    scorer,
+                    "rule",
+                    negatives,
+                    "balanced_accuracy",
+                    value,
+                    value - 0.1,
+                    value + 0.1,
+                    50,
+                    50,
+                    0,
+                )
                 for i, row in enumerate(scores)
                 for (scorer, negatives), value in zip(kinds, row, strict=True)
             )

@@ -144,7 +144,7 @@ def test_an_llms_explanation_and_its_judge_stand_beside_the_rule(source, cache):
         store.add_explanations([Explanation(latent, "llm:prova:it1", "ok", "plurale femminile", "", None, "llm")])
         number = store.explanations("llm:prova:it1")[latent][0]
         store.add_scores(
-            [(number, latent, "", "detection", "prova", "random", "balanced_accuracy", 0.9, 0.8, 0.95, 20, 20)]
+            [(number, latent, "", "detection", "prova", "random", "balanced_accuracy", 0.9, 0.8, 0.95, 20, 20, 0)]
         )
     source.refresh()
     card, row = source.card(latent), source.row(latent)

@@ -17,7 +17,6 @@ import openai
 
 from sae_italian.autointerp.database import connect
 from sae_italian.autointerp.llm import LLMSettings
-from sae_italian.autointerp.store import CALLS, TABLES, Call
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import utc_now
 
@@ -88,11 +87,17 @@ class Account:
     lost: bool = False  # whether the last attempt may have been billed without its bill being known
 
 
+ADD_CALL = """INSERT OR REPLACE INTO call
+    SELECT :key, :model, :purpose, :status, :reply, :tokens_in, :tokens_cached, :tokens_out, :usd,
+           :usd_uncertain + total(usd_uncertain), :latency, :attempts + coalesce(sum(attempts), 0), :created
+    FROM call WHERE request_hash = :key"""
+
+
 class Ledger:
     """The table `call` of a store. A reply is on disk, through a power cut too, before anybody reads it. For any thread."""
 
     def __init__(self, path: Path):
-        self._connection, self._lock = connect(path, TABLES.values(), durable=True), threading.Lock()
+        self._connection, self._lock = connect(path, durable=True), threading.Lock()
 
     def find(self, key: str) -> Reply | None:
         """Return the answer kept under a key, if there is one; failures are asked again."""
@@ -103,15 +108,11 @@ class Ledger:
 
     def add(self, key: str, model: str, request: Request, reply: Reply, account: Account) -> None:
         """Keep a reply; it takes the place of an earlier failure, whose attempts and uncertain cost are added."""
-        kept = {name: value for name, value in reply._asdict().items() if name != "status"} if reply.ok else None
-        took = {name: value for name, value in asdict(account).items() if name in Call._fields}
-        call = Call(key, model, request.purpose, reply.status, kept, **took, created=utc_now())
-        query = "SELECT attempts, usd_uncertain FROM call WHERE request_hash = ?"
+        kept = {name: value for name, value in reply._asdict().items() if name != "status"}
+        text = json.dumps(kept, ensure_ascii=False) if reply.ok else None
+        told = {"key": key, "model": model, "purpose": request.purpose, "status": reply.status, "reply": text}
         with self._lock, self._connection:
-            if failed := self._connection.execute(query, (key,)).fetchone():
-                attempts, uncertain = call.attempts + failed[0], call.usd_uncertain + failed[1]
-                call = call._replace(attempts=attempts, usd_uncertain=uncertain)
-            CALLS.add(self._connection, [call], replace=True)
+            self._connection.execute(ADD_CALL, asdict(account) | told | {"created": utc_now()})
 
     def close(self) -> None:
         self._connection.close()

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_italian.autointerp.examples import Example, LatentExamples, Verdicts
-from sae_italian.autointerp.store import Explanation, Falls, Judgement
+from sae_italian.autointerp.store import Explanation, Falls
 from sae_italian.base.statistics import Estimate
 
-Row = tuple[Any, ...]  # the fields of a ScoreRow, or a Falls
+Row = tuple[Any, ...]  # of the table `score`, or a Falls
 
 
 class Score(NamedTuple):
@@ -52,15 +52,14 @@ class Asked:
             where = (self.row_id, latent, self.control, scorer, self.judge.name, score.negatives, metric)
             yield (*where, *estimate.finite(), *score[2:5])
 
-    def judgements(self, latent: int) -> Iterator[Judgement]:
-        """Yield the judge's answers example by example."""
-        assert self.row_id is not None
+    def judgements(self, latent: int) -> Iterator[Row]:
+        """Yield the judge's answers example by example, as rows of the table `judgement`."""
         for scorer, (examples, (said, known)) in self.answers.items():
             probability = np.full(len(said), np.nan) if known is None else known
             each = zip(examples, said.tolist(), probability.tolist(), strict=True)
             for i, (example, yes, p) in enumerate(each):
                 where = (self.row_id, latent, self.control, scorer, self.judge.name, i)
-                yield Judgement(*where, example.first, example.negatives or "", yes, p if p == p else None)
+                yield *where, example.first, example.negatives or "", yes, p if p == p else None
 
 
 class Scorer(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 from sae_italian.autointerp.llm.answers import Unusable, distributions, read_explanation, read_numbers
 from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
 from sae_italian.autointerp.llm.calls import BudgetReached, EndpointError, Reply, Request, TokenCounter, TokenLogprobs
-from sae_italian.autointerp.store import Explanation, Judgement, Store
+from sae_italian.autointerp.store import Explanation, Store
 from tests.autointerp.llm.conftest import a_latent, an_example, an_explanation
 from tests.autointerp.llm.endpoint import FakeEndpoint
 
@@ -174,8 +174,8 @@ def test_what_was_refused_is_asked_again_when_the_server_is_mended(client_of, tm
 
 def test_a_latent_that_the_endpoint_failed_on_is_judged_again(tmp_path):
     def scored(said):
-        row = (1, 5, "", "detection", "llm:m", "random", "balanced_accuracy", 0.9, None, None, 2, 2)
-        return [row], [Judgement(1, 5, "", "detection", "llm:m", i, 7, "", one, None) for i, one in enumerate(said)]
+        row = (1, 5, "", "detection", "llm:m", "random", "balanced_accuracy", 0.9, None, None, 2, 2, 0)
+        return [row], [(1, 5, "", "detection", "llm:m", i, 7, "", one, None) for i, one in enumerate(said)]
 
     with Store(tmp_path / "s", {}) as store:
         store.add_explanations([Explanation(5, "llm:m", "ok", "verbi", "", None)])
@@ -189,8 +189,8 @@ def test_what_an_earlier_stranger_was_judged_by_gives_way_too(tmp_path):
     """A rerun that explains more latents gives a latent another stranger; the endpoint may have failed on the old one."""
 
     def of(explanation, control, said):
-        row = (explanation, 5, control, "detection", "llm:m", "random", "balanced_accuracy", 0.9, None, None, 2, 2)
-        return row, Judgement(explanation, 5, control, "detection", "llm:m", 0, 7, "", said, None)
+        row = (explanation, 5, control, "detection", "llm:m", "random", "balanced_accuracy", 0.9, None, None, 2, 2, 0)
+        return row, (explanation, 5, control, "detection", "llm:m", 0, 7, "", said, None)
 
     with Store(tmp_path / "s", {}) as store:
         store.add_explanations([Explanation(latent, "llm:m", "ok", "verbi", "", None) for latent in (5, 6, 7)])
