@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,54 +39,19 @@ _LED = ("detection", "fuzzing", "simulation")
 _SOURCES = {"detection": SEGMENT_NEGATIVES, "fuzzing": FUZZING_NEGATIVES}
 
 
-@dataclass(frozen=True)
-class AutointerpSummary:
-    """One explainer's explanations under one judge. Means are over explained latents, with 95 % intervals over latents and
-    documents, NaN in a store that is older than these (`by_document`).
+class AutointerpSummary(SimpleNamespace):
+    """One explainer's explanations under one judge; its parts are named and told where `summarise` makes them.
 
-    Numbers named without a negative source are those with random negatives (detection) and with marks on the same token
-    where it is silent (fuzzing). Shares of latents are of the `n_scored` whose detection could be scored.
+    Means are over explained latents, with 95 % intervals over latents and documents (`Estimate`), NaN in a store that is
+    older than these (`by_document`). Numbers named without a negative source are those with random negatives (detection)
+    and with marks on the same token where it is silent (fuzzing). `shuffled_` are those of other latents' explanations,
+    `lookup_` those of the token lookup, which is a rule and is always judged as one, `whole_` those of the rules as they
+    were fitted, of which the texts display a part. Shares of latents are of the `n_scored` whose detection could be scored.
     """
-
-    explainer: str
-    judge: str
-    n_latents: int
-    n_explained: int
-    n_scored: int
-    n_too_few: int
-    n_dead: int
-    detection: Estimate
-    fuzzing: Estimate
-    simulation: Estimate  # correlation, strongest and random segments
-    simulation_random: Estimate  # random segments alone
-    share_detected: Estimate  # detection balanced accuracy of 0.8 or more
-    shuffled_detection: Estimate
-    shuffled_fuzzing: Estimate
-    shuffled_simulation: Estimate
-    lookup_detection: Estimate  # the lookup is a rule and is always judged as one
-    lookup_fuzzing: Estimate
-    lookup_simulation: Estimate
-    lookup_share_detected: Estimate
-    whole_detection: Estimate  # of the rules as they were fitted, of which the texts display a part
-    by_keys: dict[str, Estimate]  # detection of a text's first 1, 2, 3, 6 and 12 keys
-    by_keys_area: Estimate  # the mean of that curve over log2(1 + keys)
-    saved_bits: Estimate  # per example, what a text saves over telling the answers without it, its own length paid
-    lookup_saved_bits: Estimate
-    whole_saved_bits: Estimate
-    title_detection: Estimate  # of the titles, 60 characters at most
-    gain_over_lookup: Estimate  # mean of the paired differences
-    only_token: Estimate  # share that the lookup detects and the explanation explains no better
-    always_yes: Estimate
-    always_no: Estimate
-    by_negatives: dict[str, dict[str, Estimate]]  # scorer -> negatives -> mean balanced accuracy
-    gains: dict[str, dict[str, Estimate]]  # scorer -> negatives -> mean gain over the lookup
-    by_decile: list[Estimate]  # mean share of positives found, weakest tenth first
-    by_document: bool  # whether the store knows how all these scores fall without some of the documents
-    enough: bool  # at least 300 latents were drawn at random, or all there are
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as plain JSON values."""
-        return plain(self)
+        return plain(vars(self))
 
 
 def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> AutointerpSummary:
@@ -96,13 +61,10 @@ def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE
         enough = len(statuses) >= ENOUGH or stored_config(store).latents is None
         own, lookup = _Scores(store, explainer, judge), _Scores(store, LOOKUP, RULE)
         always = {f"always_{answer}": _Scores(store, EXPLAINER, f"always-{answer}") for answer in ("yes", "no")}
-    means = {name: own.mean(name) for name in _LED}
-    means |= {f"shuffled_{name}": own.mean(name, control=SHUFFLED) for name in _LED}
-    means |= {f"lookup_{name}": lookup.mean(name) for name in _LED}
-    means |= {name: scores.mean("detection") for name, scores in always.items()}
     detected, looked_up = own.values("detection"), lookup.values("detection")
-    both = {latent: looked_up[latent] for latent in detected if latent in looked_up}
     better = {latent for latent, lo in own.values("detection", "", GAIN, end=1).items() if lo > 0}
+    # not told from the lookup where the interval of the gain reaches below 0
+    no_better = [0.0 if latent in better else looked_up[latent] for latent in detected if latent in looked_up]
     return AutointerpSummary(
         explainer=explainer,
         judge=judge,
@@ -111,25 +73,29 @@ def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE
         n_scored=len(detected),
         n_too_few=statuses.count("too few activations"),
         n_dead=statuses.count("dead"),
-        **means,
-        simulation_random=own.mean("simulation", RANDOM),
-        share_detected=_share(detected.values()),
+        **{name: own.mean(name) for name in _LED},  # of simulation the correlation, strongest and random segments
+        simulation_random=own.mean("simulation", RANDOM),  # random segments alone
+        share_detected=_share(detected.values()),  # detection balanced accuracy of 0.8 or more
+        **{f"shuffled_{name}": own.mean(name, control=SHUFFLED) for name in _LED},
+        **{f"lookup_{name}": lookup.mean(name) for name in _LED},
         lookup_share_detected=_share(looked_up.values()),
         whole_detection=own.mean("detection", control=WHOLE),
+        # detection of a text's first 1, 2, 3, 6 and 12 keys, and the mean of that curve over log2(1 + keys)
         by_keys={str(n): own.mean("budget", "", f"balanced_accuracy_{n}") for n in BUDGETS},
         by_keys_area=own.mean("budget", "", "area"),
+        # per example, what a text saves over telling the answers without it, its own length paid
         saved_bits=own.mean("budget"),
         lookup_saved_bits=lookup.mean("budget"),
         whole_saved_bits=own.mean("budget", control=WHOLE),
-        title_detection=own.mean("detection", control=TITLE),
-        gain_over_lookup=own.mean("detection", lookup=lookup),
-        # not told from the lookup where the interval of the gain reaches below 0
-        only_token=_share(0.0 if latent in better else value for latent, value in both.items()),
-        by_negatives=own.by_source(),
-        gains=own.by_source(lookup),
-        by_decile=[own.mean("detection", "", f"tpr_decile_{tenth}") for tenth in range(10)],
+        title_detection=own.mean("detection", control=TITLE),  # of the titles, 60 characters at most
+        gain_over_lookup=own.mean("detection", lookup=lookup),  # mean of the paired differences
+        only_token=_share(no_better),  # share that the lookup detects and the explanation explains no better
+        **{name: scores.mean("detection") for name, scores in always.items()},
+        by_negatives=own.by_source(),  # scorer -> negatives -> mean balanced accuracy
+        gains=own.by_source(lookup),  # scorer -> negatives -> mean gain over the lookup
+        by_decile=[own.mean("detection", "", f"tpr_decile_{tenth}") for tenth in range(10)],  # weakest tenth first
         by_document=all(scores.known for scores in (own, lookup, *always.values())),
-        enough=enough,
+        enough=enough,  # at least 300 latents were drawn at random, or all there are
     )
 
 
@@ -228,22 +194,21 @@ def means(path: Path, explainer: str, judges: Sequence[str], twin: Path | None =
     for judge, scores in by_judge.items():
         told = {(scorer, negatives) for control, scorer, negatives, _ in scores.found if not control}
         for which in sorted(told, key=lambda each: (order.index(each[0]), each[1])):
-            scorer, source = which
+            found = scores.values(*which)
+            pairs = [(found[latent], detected[latent]) for latent in sorted(found.keys() & detected.keys())]
+            theirs = of_twin.get((judge, *which), NOTHING.as_dict())
             row: dict[str, Any] = {
                 "judge": judge,
-                "scorer": scorer,
-                "metric": SCORERS[scorer].metric,
-                "negatives": source,
+                "scorer": which[0],
+                "metric": SCORERS[which[0]].metric,
+                "negatives": which[1],
+                "n": len(found),
+                # texts longer than the context, divergences out of reach
+                "n_failed": len(scores.found.get(("", *_whole(*which)), ())) - len(found),
+                **scores.mean(*which).as_dict(),
+                "rank_with_detection": correlation(*rankdata(pairs or np.empty((0, 2)), axis=0).T).as_dict(),
+                "random_twin": {name: theirs[name] for name in Estimate._fields},
             }
-            found = scores.values(*which)
-            # what failed: texts longer than the context, divergences out of reach
-            row |= {"n": len(found), "n_failed": len(scores.found.get(("", *_whole(*which)), ())) - len(found)}
-            row |= scores.mean(*which).as_dict()
-            pairs = [(found[latent], detected[latent]) for latent in sorted(found.keys() & detected.keys())]
-            ranks = rankdata(pairs or np.empty((0, 2)), axis=0)
-            row["rank_with_detection"] = correlation(*ranks.T).as_dict()
-            theirs = of_twin.get((judge, *which), NOTHING.as_dict())
-            row["random_twin"] = {name: theirs[name] for name in Estimate._fields}
             for control in (SHUFFLED, NOTHING_SAID):
                 theirs, over = scores.over(control, *which)
                 row |= {control: theirs.as_dict(), f"over_{control}": over.as_dict()}
@@ -255,13 +220,15 @@ def means_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the means as a Markdown table."""
 
     def cell(numbers: dict[str, Any], form: str) -> str:
-        known = (numbers[name] for name in Estimate._fields)
-        return shown(Estimate(*(float("nan") if value is None else value for value in known)), form)
+        return shown(
+            Estimate(*(float("nan" if numbers[name] is None else numbers[name]) for name in Estimate._fields)), form
+        )
 
     lines = []
     for row in rows:
-        beside = (row, row[SHUFFLED], row[NOTHING_SAID], row["random_twin"])
-        values = [cell({**each, "lo": None}, ".3f") for each in beside]
+        values = [
+            cell({**each, "lo": None}, ".3f") for each in (row, row[SHUFFLED], row[NOTHING_SAID], row["random_twin"])
+        ]
         n = f"{row['n']}" + (f" ({row['n_failed']} could not be scored)" if row["n_failed"] else "")
         name = f"{label('scorer.' + row['scorer'])}, {label('metric.' + row['metric'])}"
         over, ranks = cell(row[f"over_{SHUFFLED}"], "+.3f"), cell(row["rank_with_detection"], ".2f")
@@ -286,22 +253,18 @@ def export(path: Path, out: Path, to: str, *, project: str | None = None) -> lis
 
     if not path.is_file():
         raise UsageError(f"{path} does not exist: run `sae-italian autointerp` on the cache first.")
-    files, tables = [], {}
+    files, tables = [out / f"{name}.{'jsonl' if to == 'jsonl' else 'parquet'}" for name in TABLES], {}
     with Store(path, {}) as store:
-        for name in TABLES:
+        for name, file in zip(TABLES, files, strict=True):
             cursor = store.connection.execute(f"SELECT * FROM {name}")
-            names, columns = [column[0] for column in cursor.description], zip(*cursor.fetchall(), strict=True)
-            cells = dict(zip(names, list(columns) or [()] * len(names), strict=True))
+            names, rows = [column for column, *_ in cursor.description], cursor.fetchall()
+            cells = dict(zip(names, zip(*rows, strict=True) if rows else [()] * len(names), strict=True))
             cells |= {key: [kept and json_of(kept) for kept in cells[key]] for key in JSON_COLUMNS if key in cells}
             tables[name] = pyarrow.table(cells)
-            files.append(out / f"{name}.{'jsonl' if to == 'jsonl' else 'parquet'}")
             if to == "jsonl":
-                rows = tables[name].to_pylist()
-                for row in rows:
-                    row |= {key: row[key] and json.loads(row[key]) for key in JSON_COLUMNS if key in cells}
-                write_text(files[-1], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                write_text(file, "".join(map(_line, tables[name].to_pylist())))
             else:
-                with atomic_path(files[-1]) as temporary:
+                with atomic_path(file) as temporary:
                     pyarrow.parquet.write_table(tables[name], temporary)
     if to != "wandb":
         return files
@@ -310,10 +273,14 @@ def export(path: Path, out: Path, to: str, *, project: str | None = None) -> lis
     manifest = path.parent / MANIFEST
     trained = WandbRun.of(Manifest.load(path.parent).sae if manifest.is_file() else path.parent)
     with wandb.init(job_type="autointerp", **trained._replace(project=project or trained.project).joined(out)) as run:
-        for name in ("explanation", "score"):
-            run.log({name: wandb.Table(dataframe=tables[name].to_pandas())})
+        run.log({name: wandb.Table(dataframe=tables[name].to_pandas()) for name in ("explanation", "score")})
         artifact = wandb.Artifact("autointerp", type="autointerp")
         for file in files:
             artifact.add_file(str(file))
         run.log_artifact(artifact)
         return [Path(run.dir).parent]
+
+
+def _line(row: dict[str, Any]) -> str:
+    told = {name: json.loads(row[name]) for name in JSON_COLUMNS if row.get(name)}
+    return json.dumps(row | told, ensure_ascii=False) + "\n"

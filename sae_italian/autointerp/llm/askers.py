@@ -305,16 +305,17 @@ def run_beside(
         found = [e for explainer in askers["explainers"] for _, e in store.explanations(explainer.name).values()]
         spending = store.spending()
     n_foreign = sum(bool((explanation.notes or {}).get("wrong_language")) for explanation in found)
+    summaries = side_by_side(path)
     facts = {
-        "summaries": side_by_side(path),
-        "random": random,
+        "summaries": [one.as_dict() for one in summaries],
+        "random": [one.as_dict() for one in random],
         "calls": client.counts,
         "why": client.told()[1:],
         "endpoint_without": client.missing,
         "wrong_language": n_foreign,
         "spending": spending,
     }
-    lines = [comparison_table(facts["summaries"], random), "", *client.told()]
+    lines = [comparison_table(summaries, random), "", *client.told()]
     for name, row in spending.items():
         usd = "cost not known" if row["usd"] is None else f"${row['usd']:.4f}"
         lines.append(f"{name}, ever: {row['tokens_in'] or 0:,} tokens in, {row['tokens_out'] or 0:,} out, {usd}")
