@@ -26,7 +26,7 @@ from sae_italian.autointerp.scorers.binary import (
     ranking_falls,
 )
 from sae_italian.autointerp.scorers.budget import N_LISTS, accuracy, area, saved_bits, whole_number
-from sae_italian.autointerp.scorers.simulation import correlations, simulation
+from sae_italian.autointerp.scorers.simulation import correlated, simulation
 from sae_italian.autointerp.scorers.subject import (
     EMPTY,
     Encoder,
@@ -282,8 +282,7 @@ def test_a_simulations_interval_is_over_documents_too():
     true = rng.random(400)
     simulated = np.where(good, true, rng.random(400))
     apart, together = (
-        correlations(true, simulated[None], docs)[0][0]["correlation"]
-        for docs in (np.arange(400), np.arange(400) // 25)
+        correlated(true, simulated, docs)[0]["correlation"] for docs in (np.arange(400), np.arange(400) // 25)
     )
     assert apart.value == pytest.approx(together.value)
     assert together.hi - together.lo > 1.5 * (apart.hi - apart.lo)
@@ -357,28 +356,24 @@ def test_too_few_of_a_source_is_no_score(source):
 )
 def test_correlation_is_pearsons_over_all_tokens(true, seed):
     simulated = np.random.default_rng(seed).random(20)
-    found, _ = correlations(true, simulated[None], np.arange(20) // 5)[0]
+    found, _ = correlated(true, simulated, np.arange(20) // 5)
     if true.std() > 1e-3:
         assert found["correlation"].value == pytest.approx(np.corrcoef(true, simulated)[0, 1], abs=1e-6)
     elif true.std() == 0:
         assert found["correlation"].value == 0 and found["constant"].value == 1
 
 
-def test_simulations_scored_together_are_those_scored_alone():
+def test_a_correlations_falls_are_by_what_is_left_without_a_group_of_documents():
     rng = np.random.default_rng(0)
     true, docs = rng.random(60), np.repeat(np.arange(12), 5)
-    simulated = np.stack([rng.random(60), true + 0.1 * rng.random(60), np.zeros(60)])
-    together = correlations(true, simulated, docs)
-    for own, (found, falls) in zip(simulated, together, strict=True):
-        alone, fallen = correlations(true, own[None], docs)[0]
-        assert all(found[name] == pytest.approx(alone[name], nan_ok=True) for name in alone)
-        assert falls == pytest.approx(fallen, nan_ok=True)
-    assert together[1][0]["correlation"].value == pytest.approx(np.corrcoef(true, simulated[1])[0, 1])
-    assert together[2][0]["constant"].value == 1.0
-    for group, fall in enumerate(together[1][1][:13]):  # the thirteenth group has no document
+    simulated = true + 0.1 * rng.random(60)
+    assert correlated(true, np.zeros(60), docs)[0]["constant"].value == 1.0
+    found, falls = correlated(true, simulated, docs)
+    assert found["correlation"].value == pytest.approx(np.corrcoef(true, simulated)[0, 1])
+    for group, fall in enumerate(falls[:13]):  # the thirteenth group has no document
         left = docs != group
-        rest = np.corrcoef(true[left], simulated[1][left])[0, 1]
-        assert fall == pytest.approx(together[1][0]["correlation"].value - rest if group < 12 else np.nan, nan_ok=True)
+        rest = np.corrcoef(true[left], simulated[left])[0, 1]
+        assert fall == pytest.approx(found["correlation"].value - rest if group < 12 else np.nan, nan_ok=True)
 
 
 def test_simulations_that_failed_are_counted(source):
@@ -509,7 +504,7 @@ def test_a_simulations_correlation_is_covered_as_often_as_is_said(n_documents, s
     truth, hits = np.corrcoef(*latent(20_000)[1:])[0, 1], []
     for _ in range(250):
         docs, true, simulated = latent(n_documents)
-        value, lo, hi = correlations(true, simulated[None], docs)[0][0]["correlation"]
+        value, lo, hi = correlated(true, simulated, docs)[0]["correlation"]
         assert lo < value < hi
         hits.append(lo <= truth <= hi)
     assert np.mean(hits) >= 0.9
@@ -529,7 +524,7 @@ def simulated_latent(rng, documents, skill):
     """The correlation of a latent's simulation, better in some documents than in others, and its falls."""
     true, noise = rng.normal(size=(2, len(documents), 12))
     follows = (0.7 + skill + documents)[:, None] * true + noise
-    found, falls = correlations(true.ravel(), follows.reshape(1, -1), np.repeat(np.arange(len(documents)), 12))[0]
+    found, falls = correlated(true.ravel(), follows.ravel(), np.repeat(np.arange(len(documents)), 12))
     return found["correlation"].value, falls
 
 

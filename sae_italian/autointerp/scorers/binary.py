@@ -96,14 +96,20 @@ def ranking(
 ) -> Iterator[tuple[Asked, Score]]:
     """Yield AUROC of each explanation's strengths on the test examples, by source; NaN strengths count as failed."""
     shown: Any = examples.test
-    given = [np.asarray(strength, dtype=np.float64) for strength in strengths]
-    verdicts = [Verdicts(np.where(np.isfinite(each), 1, -1), each) for each in given]
-    answers = Answers(verdicts, shown.questions, shown.document)
-    for number, (one, counts) in enumerate(zip(asked, answers.counts(), strict=True)):
-        for place, (source, n) in enumerate(zip(shown.questions, counts, strict=True)):
-            rows, truth = answers.answered(number, place)
-            falls = ranking_falls(given[number][rows], truth, shown.document[rows])
-            yield one, Score(source, {"auroc": answers.auroc(number, place)}, *n, falls={"auroc": falls})
+    for one, strength in zip(asked, strengths, strict=True):
+        for source, sides in shown.questions.items():
+            rows, truth = np.concatenate(sides), np.repeat([True, False], [len(side) for side in sides])
+            yield one, ranked(source, np.asarray(strength, dtype=np.float64)[rows], truth, shown.document[rows])
+
+
+def ranked(
+    source: str, strength: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], document: Int[np.ndarray, " n"]
+) -> Score:
+    """Return AUROC of the strengths of a source's examples; NaN strengths count as failed."""
+    known = np.isfinite(strength)
+    found = strength[known], truth[known], document[known]
+    counts = int(truth.sum()), int((~truth).sum()), int((~known).sum())
+    return Score(source, {"auroc": auroc_by_document(*found)}, *counts, {"auroc": ranking_falls(*found)})
 
 
 def ranking_falls(
@@ -210,17 +216,7 @@ class Answers:
             tables["brier"] = mean_of_two(*(shares_by_document(errors[:, side], n[:, side]) for side in (0, 1)))
         found = {name: list(map(Estimate._make, table.T.tolist())) for name, table in tables.items()}
         if probability is not None:
-            found["auroc"] = [self.auroc(number, place) for place in range(len(self.sides))]
+            answered = [rows[self.good[number, rows]] for rows in map(np.concatenate, self.sides)]
+            true = self.truth > 0
+            found["auroc"] = [auroc_by_document(probability[i], true[i], self.index[i]) for i in answered]
         return found
-
-    def auroc(self, number: int, source: int) -> Estimate:
-        """Return the probability that a positive outranks a negative, ties counting half, of what was answered."""
-        rows, truth = self.answered(number, source)
-        probability: Any = self.verdicts[number].probability
-        return auroc_by_document(probability[rows], truth, self.index[rows])
-
-    def answered(self, number: int, source: int) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-        """Return which examples of a source an explanation's judge answered, and which of them are positives."""
-        rows = np.concatenate(self.sides[source])
-        rows = rows[self.good[number, rows]]
-        return rows, self.truth[rows] > 0

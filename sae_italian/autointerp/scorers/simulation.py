@@ -22,58 +22,43 @@ TOP, RANDOM = "top-and-random", "random-only"
 
 @scorer(needs="simulate", metric="correlation")
 def simulation(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
-    """Score both draws; simulations of the same tokens are told together."""
+    """Score both draws."""
     shown: Any = examples.simulation
-    simulated = [one.judge.simulate(one.explanation, shown) for one in asked]
-    for one, own in zip(asked, simulated, strict=True):
+    simulated = [(one, one.judge.simulate(one.explanation, shown)) for one in asked]
+    for one, own in simulated:
         lost = [example for example, values in zip(shown, own, strict=True) if isinstance(values, int)]
         one.answers["simulation"] = lost, Verdicts(np.full(len(lost), UNANSWERED))  # so that a rerun knows
     for draw in (TOP, RANDOM):
         mine = [i for i in range(len(shown)) if draw == TOP or shown.decile[i] >= 0]
-        by_usable: dict[tuple[int, ...], list[int]] = {}  # nearly always all of them
-        for number, own in enumerate(simulated):
-            by_usable.setdefault(tuple(i for i in mine if np.ndim(own[i])), []).append(number)
-        for usable, numbers in by_usable.items():
-            found: list[Any] = [({"correlation": NOTHING, "constant": NOTHING}, ())] * len(numbers)
-            if usable:
-                true = [shown.activations[i] for i in usable]
-                docs = np.repeat(shown.document[list(usable)], [len(each) for each in true])
-                theirs = [np.concatenate([simulated[number][i] for i in usable]) for number in numbers]
-                found = correlations(np.concatenate(true), np.stack(theirs), docs)
-            for number, (metrics, falls) in zip(numbers, found, strict=True):
-                n = len(usable), 0, len(mine) - len(usable)
-                yield asked[number], Score(draw, metrics, *n, falls={"correlation": falls})
+        for one, own in simulated:
+            metrics, falls = {"correlation": NOTHING, "constant": NOTHING}, ()
+            if usable := [i for i in mine if np.ndim(own[i])]:
+                true, said = (np.concatenate([each[i] for i in usable]) for each in (shown.activations, own))
+                metrics, falls = correlated(
+                    true, said, np.repeat(shown.document[usable], [len(own[i]) for i in usable])
+                )
+            yield one, Score(draw, metrics, len(usable), 0, len(mine) - len(usable), {"correlation": falls})
 
 
-def correlations(
-    true: Float[np.ndarray, " tokens"],
-    simulated: Float[np.ndarray, "simulations tokens"],
-    docs: Int[np.ndarray, " tokens"],
-) -> list[tuple[dict[str, Estimate], Fall]]:
-    """Return of each of several simulations of the same tokens `correlation` with its interval over documents, and its falls.
+def correlated(
+    true: Float[np.ndarray, " tokens"], simulated: Float[np.ndarray, " tokens"], docs: Int[np.ndarray, " tokens"]
+) -> tuple[dict[str, Estimate], Fall]:
+    """Return `correlation` with its interval over documents, and its falls without a group of these.
 
-    `constant` is 1 where the correlation is undefined and taken as 0, without an interval. A fall is that without a group
-    of documents, NaN where a group has none.
+    `constant` is 1 where the correlation is undefined and taken as 0, without an interval. A fall is NaN where a group has
+    no document.
     """
     documents, index = np.unique(docs, return_inverse=True)
-    true, simulated = np.asarray(true, dtype=np.float64), np.asarray(simulated, dtype=np.float64)
-    ours = np.stack([np.ones(len(true)), true, true * true])
-    theirs = np.concatenate([simulated, simulated * simulated, simulated * true])
-    sums = np.stack([np.bincount(index, values) for values in np.concatenate([ours, theirs])])
+    a, s = (np.asarray(values, dtype=np.float64) for values in (true, simulated))
+    sums = np.stack([np.bincount(index, values) for values in (np.ones(len(a)), a, s, a * a, s * s, a * s)])
     whole = sums.sum(axis=1, keepdims=True)
-    sums = np.concatenate([whole, whole - sums, sums @ left_out(documents).T], axis=1)
-    n, a, aa = sums[:3, None]
-    s, ss, cross = sums[3:].reshape(3, len(simulated), -1)
+    n, a, s, aa, ss, cross = np.concatenate([whole, whole - sums, sums @ left_out(documents).T], axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        variance = (aa / n - (a / n) ** 2), (ss / n - (s / n) ** 2)
-        scale = np.sqrt(variance[0] * variance[1])
+        variance = aa / n - (a / n) ** 2, ss / n - (s / n) ** 2
         # differences of rounding size are no variance
         defined = (variance[0] > 1e-9 * aa / n) & (variance[1] > 1e-9 * ss / n)
-        values = np.where(defined, (cross / n - a * s / n**2) / scale, 0.0).clip(-1, 1)
-    n = 1 + len(documents)
-    falls, found = falls_of(values[:, n:], sums[0, n:]), correlations_by_document(values[:, :n])
-    found[1:, ~defined[:, 0]] = np.nan
-    return [
-        ({"correlation": Estimate(*each), "constant": NOTHING._replace(value=float(not known))}, own)
-        for each, known, own in zip(found.T.tolist(), defined[:, 0], falls, strict=True)
-    ]
+        r = np.where(defined, (cross / n - a * s / n**2) / np.sqrt(variance[0] * variance[1]), 0.0).clip(-1, 1)
+    own, left = np.split(r, [1 + len(documents)])  # all and without each document; all and without each group
+    found = Estimate(*correlations_by_document(own[None])[:, 0].tolist()) if defined[0] else NOTHING._replace(value=0.0)
+    metrics = {"correlation": found, "constant": NOTHING._replace(value=float(not defined[0]))}
+    return metrics, falls_of(left, n[len(own) :])

@@ -34,10 +34,10 @@ from torch import Tensor
 from sae_italian.autointerp.examples import LatentExamples, promoted_tokens
 from sae_italian.autointerp.places import piece_texts
 from sae_italian.autointerp.scorers import Asked, Score, scorer
-from sae_italian.autointerp.scorers.binary import mean_and_falls, ranking, ranking_falls
+from sae_italian.autointerp.scorers.binary import mean_and_falls, ranked, ranking
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import Language
-from sae_italian.base.statistics import NOTHING, Estimate, auroc_by_document, bootstrap, shares_by_document
+from sae_italian.base.statistics import NOTHING, Estimate, bootstrap, shares_by_document
 from sae_italian.cache import FeatureCache
 from sae_italian.models.activations import continuation_log_probs, logits_of, logits_with_replacement
 from sae_italian.saes import load_sae
@@ -318,11 +318,7 @@ def example_embedding(asked: Sequence[Asked], examples: LatentExamples) -> Itera
         sides = apart & truth, apart & ~truth
         with np.errstate(invalid="ignore"):  # where all positives, or all negatives, are of one document
             near, far = ((cosine * side).sum(axis=1) / side.sum(axis=1) for side in sides)
-        known = np.isfinite(near - far)
-        strength, truth, document = (near - far)[known], truth[known], document[known]
-        area = auroc_by_document(strength, truth, np.unique(document, return_inverse=True)[1])
-        falls = ranking_falls(strength, truth, document)
-        yield one, Score(source, {"auroc": area}, n, len(negative), int((~known).sum()), {"auroc": falls})
+        yield one, ranked(source, near - far, truth, document)
 
 
 def named(judge: str, language: Language) -> str:
