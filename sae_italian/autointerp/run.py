@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.examples import RULE, Explainer, Judge, LatentExamples
-from sae_italian.autointerp.scorers import Asked, Row, score_rows
-from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.scorers import Asked, score_rows
+from sae_italian.autointerp.store import Explanation, Row, Store
 from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Trio, Work, cache_identity, do_batch, stored_config
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
@@ -95,7 +95,8 @@ class Run:
             features, explanations = zip(*batch, strict=True)
             self.store.add_explanations(chain.from_iterable(explanations), features)
         for batch in batches("score", self._unscored(EXPLAINER, RULE)):
-            self.store.add_scores(chain.from_iterable(batch))
+            for scores, falls in batch:
+                self.store.add_scores(scores, falls)
 
     def _unscored(self, explainer: str, judge: str, draw: int | None = None) -> list[Trio]:
         """Return an explainer's explanations that a judge has not scored, each with the latent's lookup and a stranger's.
@@ -103,7 +104,7 @@ class Run:
         With `draw` only those of so many latents are looked at, drawn at random.
         """
         own, lookup = self.store.explanations(explainer), self.store.explanations(LOOKUP)
-        live = [latent for latent, (_, explanation) in own.items() if explanation.status == "ok"]
+        live = [latent for latent, explanation in own.items() if explanation.status == "ok"]
         if draw is not None:
             live = np.random.default_rng(self.work.config.seed).permutation(sorted(live))[:draw].tolist()
         stranger, done = strangers(live, self.work.config.seed), self.store.scored(explainer, judge)
@@ -113,7 +114,7 @@ class Run:
         """Explain with another explainer the latents that have a rule; the others keep their status under its name."""
         self._claim(explainer)
         rules, done = self.store.explanations(EXPLAINER), self.store.explained(explainer.name)
-        left = {latent: rule for latent, (_, rule) in rules.items() if latent not in done}
+        left = {latent: rule for latent, rule in rules.items() if latent not in done}
         unexplained = [rule._replace(explainer=explainer.name) for rule in left.values() if rule.status != "ok"]
         self.store.add_explanations(unexplained)
         todo = [latent for latent, rule in left.items() if rule.status == "ok"]
@@ -139,21 +140,21 @@ class Run:
         self._claim(judge)
         todo = self._unscored(name, judge.name, draw)
 
-        def score(item: tuple[LatentExamples, Trio]) -> tuple[list[Row], list[Row]]:
-            examples, ((row_id, own), (_, lookup), stranger) = item
-            asked = [Asked(judge, own, row_id=row_id)]
+        def score(item: tuple[LatentExamples, Trio]) -> tuple[list[Row], list[Row], list[Row]]:
+            examples, (own, lookup, stranger) = item
+            asked = [Asked(judge, own)]
             if stranger is not None:
-                asked.append(Asked(judge, stranger[1], SHUFFLED, stranger[0]))
+                asked.append(Asked(judge, stranger, SHUFFLED))
             if nothing:
-                empty = Explanation(own.latent, "", "ok", nothing, nothing, None)
-                asked.append(Asked(judge, empty, NOTHING_SAID, row_id))
-            rows = score_rows([*asked, Asked(self.work.judge, lookup)], examples)
-            return rows, [judgement for one in asked for judgement in one.judgements(own.latent)]
+                empty = Explanation(own.latent, "", "ok", nothing, nothing, None, id=own.id)
+                asked.append(Asked(judge, empty, NOTHING_SAID))
+            rows = score_rows([*asked, Asked(self.work.judge, lookup._replace(id=0))], examples)
+            return *rows, [judgement for one in asked for judgement in one.judgements(own.latent)]
 
-        shown = ((self.work.examples(known[0][1].latent, n_train=0, **settings), known) for known in todo)
+        shown = ((self.work.examples(known[0].latent, n_train=0, **settings), known) for known in todo)
         found = in_threads(score, shown, judge.concurrency)
-        for rows, judgements in progress(judge.name, found, total=len(todo), unit="latent"):
-            self.store.add_scores(rows, judgements)
+        for rows in progress(judge.name, found, total=len(todo), unit="latent"):
+            self.store.add_scores(*rows)
 
 
 def strangers(latents: Sequence[int], seed: int) -> dict[int, int]:
@@ -185,7 +186,7 @@ def score_with_models(
     explained nothing.
     """
     with Store(store, cache_identity(cache)) as opened:
-        if not any(known.status == "ok" for _, known in opened.explanations(explainer).values()):
+        if not any(known.status == "ok" for known in opened.explanations(explainer).values()):
             known = ", ".join(opened.explainers()) or "none"
             raise UsageError(f"{store} has no explanations by {explainer!r}; there are those of: {known}.")
         run = Run(Work(cache, tokenizer, stored_config(opened)), opened)

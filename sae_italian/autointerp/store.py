@@ -14,6 +14,7 @@ from sae_italian.base.errors import DataError, UsageError
 
 NO_ANSWER = "no answer"  # status of what the endpoint failed on or refused: a rerun asks again
 UNANSWERED = -2  # what a judge `said` where the endpoint failed: a rerun judges the latent again
+Row = Sequence[Any]  # of a table, a value for each column
 ScoreName = tuple[str, ...]  # control, scorer, negatives and metric
 NOW = "@now"  # ends the explainer's name of what was made on demand (work.py), which belongs to no run
 
@@ -30,6 +31,7 @@ class Explanation(NamedTuple):
     kind: str = "rule"  # or llm
     prompt: str = ""  # version and hash of the prompt
     notes: dict[str, Any] | None = None  # wrong language, examples dropped, why it failed
+    id: int = 0  # in the store; 0 of what is in none
 
     def text(self, language: str) -> str:
         """Return the text in that language, else in the other one."""
@@ -38,16 +40,6 @@ class Explanation(NamedTuple):
     def title(self, language: str) -> str:
         """Return the latent's short title (wording.py), "" for an LLM's explanation and in an older store."""
         return ((self.rule or {}).get("title") or {}).get(language, "")
-
-
-class Falls(NamedTuple):
-    """A row of the table `falls`."""
-
-    explanation_id: int
-    latent: int
-    control: str
-    judge: str
-    falls: dict[str, list[int | None]]
 
 
 class Label(NamedTuple):
@@ -125,14 +117,14 @@ class Store:
     def notes(self) -> dict[str, str]:
         return dict(self.connection.execute("SELECT key, value FROM run"))
 
-    def add_explanations(self, explanations: Iterable[Explanation], features: Iterable[Sequence[Any]] = ()) -> None:
+    def add_explanations(self, explanations: Iterable[Explanation], features: Iterable[Row] = ()) -> None:
         """Add explanations and what they were made from, all or nothing; one that had no answer gives way to a later one."""
         rows = list(explanations)
         query = "DELETE FROM explanation WHERE latent = ? AND explainer = ? AND status = ?"
         with self.connection:
             insert(self.connection, "feature", features, replace=True)
             self.connection.executemany(query, [(row.latent, row.explainer, NO_ANSWER) for row in rows])
-            insert(self.connection, "explanation", ((None, *row) for row in rows))
+            insert(self.connection, "explanation", ((None, *row[:-1]) for row in rows))
 
     def replace_explanations(self, explanations: Sequence[Explanation]) -> dict[str, int]:
         """Put explanations in the place of their explainers' earlier ones, whose scores go too; return ids by explainer."""
@@ -146,18 +138,18 @@ class Store:
 
     def explanations_of(self, latent: int) -> dict[str, Explanation]:
         """Return the explanations of one latent by explainer."""
-        return {found.explainer: found for _, found in self._explanations("latent = ? ORDER BY id", latent)}
+        return {found.explainer: found for found in self._explanations("latent = ? ORDER BY id", latent)}
 
-    def explanations(self, explainer: str) -> dict[int, tuple[int, Explanation]]:
-        """Return id and explanation by latent."""
-        return {row[1].latent: row for row in self._explanations("explainer = ? ORDER BY latent", explainer)}
+    def explanations(self, explainer: str) -> dict[int, Explanation]:
+        """Return one explainer's explanations by latent."""
+        return {found.latent: found for found in self._explanations("explainer = ? ORDER BY latent", explainer)}
 
-    def _explanations(self, which: str, value: Any) -> Iterator[tuple[int, Explanation]]:
+    def _explanations(self, which: str, value: Any) -> Iterator[Explanation]:
         query = f"SELECT * FROM explanation WHERE {which}"
         for number, *values in self.connection.execute(query, (value,)):
-            found = Explanation._make(values)
+            found = Explanation._make([*values, number])
             rule, notes = (unpacked(kept, number, "explanation") for kept in (found.rule, found.notes))
-            yield number, found._replace(rule=rule, notes=notes)
+            yield found._replace(rule=rule, notes=notes)
 
     def explained(self, explainer: str) -> set[int]:
         """Return the latents that this explainer is done with."""
@@ -176,14 +168,12 @@ class Store:
         found = self.connection.execute(sets, 3 * (judge, explainer) + (UNANSWERED,))
         return {latent for (latent,) in found}
 
-    def add_scores(self, rows: Iterable[Sequence[Any]], judgements: Iterable[Sequence[Any]] = ()) -> None:
-        """Add scores (the table's columns up to `n_failed`, or `Falls`) and what they rest on, of the table `judgement`.
+    def add_scores(self, rows: Iterable[Row], falls: Iterable[Row] = (), judgements: Iterable[Row] = ()) -> None:
+        """Add rows of `score` (all but the `split`), of `falls` and of `judgement`; a judge's on missing answers give way.
 
-        A judge's scores on missing answers give way, those of an earlier stranger too: who is another latent's control
-        changes with what is explained.
+        Those of an earlier stranger too: who is another latent's control changes with what is explained.
         """
-        judged, given = list(judgements), list(rows)
-        scores = [row for row in given if not isinstance(row, Falls)]
+        scores, judged = list(rows), list(judgements)
         where = """latent = ? AND judge = ? AND (SELECT explainer FROM explanation WHERE id = explanation_id)
                    = (SELECT explainer FROM explanation WHERE id = ?)"""
         with self.connection:
@@ -192,7 +182,7 @@ class Store:
                     for table in ("score", "falls", "judgement"):
                         self.connection.execute(f"DELETE FROM {table} WHERE {where}", key)
             insert(self.connection, "score", ((*row, "test") for row in scores))
-            insert(self.connection, "falls", (row for row in given if isinstance(row, Falls)))
+            insert(self.connection, "falls", falls)
             insert(self.connection, "judgement", judged)
 
     def scores(self, explainer: str, judge: str) -> dict[ScoreName, dict[int, Any]]:

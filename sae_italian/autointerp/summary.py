@@ -57,7 +57,7 @@ class AutointerpSummary(SimpleNamespace):
 def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> AutointerpSummary:
     """Return the summary of a store for one explainer and judge, the rules and the rule judge by default."""
     with Store(Path(path), {}) as store:
-        statuses = [explanation.status for _, explanation in store.explanations(explainer).values()]
+        statuses = [explanation.status for explanation in store.explanations(explainer).values()]
         enough = len(statuses) >= ENOUGH or stored_config(store).latents is None
         own, lookup = _Scores(store, explainer, judge), _Scores(store, LOOKUP, RULE)
         always = {f"always_{answer}": _Scores(store, EXPLAINER, f"always-{answer}") for answer in ("yes", "no")}

@@ -28,9 +28,9 @@ from sae_italian.autointerp.examples import (
     promoted_tokens,
 )
 from sae_italian.autointerp.places import Places
-from sae_italian.autointerp.scorers import Asked, Row, score_rows
+from sae_italian.autointerp.scorers import Asked, score_rows
 from sae_italian.autointerp.scorers.binary import HEADLINE
-from sae_italian.autointerp.store import NOW, Explanation, Store
+from sae_italian.autointerp.store import NOW, Explanation, Row, Store
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.storage import fingerprint, utc_now
 from sae_italian.cache import FeatureCache
@@ -42,8 +42,7 @@ TITLE = "title"  # the score of the latent's title, where the explanation's own 
 WHOLE = "whole rule"  # the rule as it was fitted, of which the explanation displays a part
 LEAST_POSITIVES = (10, 5, 10)  # segments of train, val and test
 
-Known = tuple[int, Explanation]  # an explanation with its id in the store
-Trio = tuple[Known, Known, Known | None]  # a latent's own, its lookup's, and another latent's
+Trio = tuple[Explanation, Explanation, Explanation | None]  # a latent's own, its lookup's, and another latent's
 
 
 @dataclass(frozen=True)
@@ -120,16 +119,17 @@ class Work:
             return feature, [Explanation(latent, name, status, "", "", None) for name in (EXPLAINER, LOOKUP)]
         return feature, self.explainer.explain(activity)
 
-    def score(self, own: Known, lookup: Known, stranger: Known | None = None) -> list[Row]:
+    def score(
+        self, own: Explanation, lookup: Explanation, stranger: Explanation | None = None
+    ) -> tuple[list[Row], list[Row]]:
         """Return the score rows of a latent's rule, its token lookup, the whole rule, and another latent's as control."""
-        asked = [Asked(self.judge, known[1], row_id=known[0]) for known in (own, lookup)]
-        asked.append(Asked(RuleJudge(self.places, "whole"), own[1], WHOLE, own[0]))
-        if (own[1].rule or {}).get("title"):  # a rule that no key makes has none
-            asked.append(Asked(RuleJudge(self.places, "title"), own[1], TITLE, own[0], only=HEADLINE))
+        asked = [Asked(self.judge, own), Asked(self.judge, lookup), Asked(RuleJudge(self.places, "whole"), own, WHOLE)]
+        if (own.rule or {}).get("title"):  # a rule that no key makes has none
+            asked.append(Asked(RuleJudge(self.places, "title"), own, TITLE, only=HEADLINE))
         if stranger is not None:
-            asked.append(Asked(self.judge, stranger[1], SHUFFLED, stranger[0]))
-        always = [Asked(ConstantJudge(answer), own[1], row_id=own[0], only=HEADLINE) for answer in (True, False)]
-        return score_rows([*asked, *always], self.examples(own[1].latent, n_train=0))
+            asked.append(Asked(self.judge, stranger, SHUFFLED))
+        always = [Asked(ConstantJudge(answer), own, only=HEADLINE) for answer in (True, False)]
+        return score_rows([*asked, *always], self.examples(own.latent, n_train=0))
 
     def examples(self, latent: int, **settings: Any) -> LatentExamples:
         """Return what is shown of a latent; `settings` are those of `latent_examples`."""
@@ -196,7 +196,7 @@ def keep(path: Path, work: Work, found: Sequence[Explanation]) -> str:
             noted = [(name + NOW, e, (e.notes or {}) | {"now": now}) for name, e in (kept | pair).items()]
             ids = store.replace_explanations([e._replace(explainer=name, notes=notes) for name, e, notes in noted])
             if len(pair) == 2:
-                store.add_scores(work.score(*((ids[name + NOW], e) for name, e in pair.items())))
+                store.add_scores(*work.score(*(e._replace(id=ids[name + NOW]) for name, e in pair.items())))
     except (SaeItalianError, sqlite3.Error, OSError) as error:
         return " ".join(str(error).split())
     return ""

@@ -101,7 +101,7 @@ class LatentSource:
         self.explanations: dict[str, dict[int, Explanation]] = {}  # by explainer: the rules first, the control last
         self.scores: dict[tuple[str, str], dict[int, list[float | None]]] = {}  # value, lo, hi
         if store:
-            stored = {n: {k: e for k, (_, e) in store.explanations(n).items()} for n in store.explainers()}
+            stored = {name: store.explanations(name) for name in store.explainers()}
             stored, order = with_now(stored), (lambda name: (name != EXPLAINER, name == LOOKUP))
             self.explanations = {name: stored[name] for name in sorted(stored, key=order)}
             for explainer, scorer, latent, *score in store.connection.execute(_HEADLINE):

@@ -68,7 +68,7 @@ def _known(saes: dict[str, Any], caches: list[Path]) -> tuple[dict[str, Any], di
         if (cache.folder / STORE_FILE).is_file():
             with Store(cache.folder / STORE_FILE, {}) as store:
                 found = store.explanations(EXPLAINER)
-            texts[name] = {latent: e.text("it") for latent, (_, e) in found.items() if e.status == "ok"}
+            texts[name] = {latent: e.text("it") for latent, e in found.items() if e.status == "ok"}
     return alive, texts
 
 

@@ -108,7 +108,7 @@ def examples(folder: Path, tokenizer: Any, n: int) -> list[dict[str, Any]]:
     """
     cache = FeatureCache.open(folder, tokenizer=tokenizer)
     with Store(folder / STORE_FILE, {}) as store:
-        said = {latent: found for latent, (_, found) in store.explanations(EXPLAINER).items() if found.status == "ok"}
+        said = {latent: found for latent, found in store.explanations(EXPLAINER).items() if found.status == "ok"}
         detection = store.values(explainer=EXPLAINER, control="", **_DETECTION)
     simulated = simulation_scores(folder / STORE_FILE)
     ranked = sorted(said.keys() & detection.keys(), key=lambda latent: (-detection[latent], latent))

@@ -81,7 +81,7 @@ def test_what_a_run_says_already_is_not_kept_again(cache, work, mini):
     path = cache.folder / STORE_FILE
     run_autointerp(cache, mini.tokenizer, AutointerpConfig(n_examples=20, latents=4))
     with Store(path, {}) as store:
-        latent = next(k for k, (_, e) in store.explanations("rules").items() if e.status == "ok")
+        latent = next(k for k, e in store.explanations("rules").items() if e.status == "ok")
         before = store.explainers()
     keep(path, work, work.explain(latent)[1])
     assert names(path) == before

@@ -84,7 +84,7 @@ def test_a_clean_latent_ranks_above_its_noisy_copies(gold, gold_store):
 def test_the_texts_speak_italian_grammar(gold, gold_store):
     """Some explanations are endings, not lists of words, and none is called a concept."""
     with Store(gold_store, {}) as store:
-        texts = [e.text_it + e.text_en for _, e in store.explanations("rules").values()]
+        texts = [e.text_it + e.text_en for e in store.explanations("rules").values()]
     assert not any("concett" in text or "concept" in text for text in texts)
     assert sum("alla fine di parole che finiscono in -" in text for text in texts) >= 3
 
@@ -94,7 +94,7 @@ def test_the_texts_are_sentences(gold_store, language):
     """No explanation of a whole run has an agreement error, and what the test would find is found."""
     with Store(gold_store, {}) as store:
         for name in ("rules", "token-lookup"):
-            for _, explanation in store.explanations(name).values():
+            for explanation in store.explanations(name).values():
                 assert not faults(explanation.text(language), language), explanation.text(language)
     wrong = {
         "it": (
@@ -125,5 +125,5 @@ def test_titles_name_what_was_planted(gold, gold_store):
         "verbform=Inf": "verbi all’infinito",
     }
     with Store(gold_store, {}) as store:
-        titles = {names[i]: e.title("it") for i, (_, e) in store.explanations("rules").items() if i < len(names)}
+        titles = {names[i]: e.title("it") for i, e in store.explanations("rules").items() if i < len(names)}
     assert {name: title for name, title in titles.items() if name in wanted} == wanted, titles

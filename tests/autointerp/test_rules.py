@@ -493,7 +493,7 @@ def test_a_texts_first_keys_are_a_shorter_explanation(store, source, places):
     assert whole == pytest.approx(ends) and len(whole) > 10
     shorter = 0
     for latent, score in first.items():
-        rule = rule_of(explained[latent][1].rule)
+        rule = rule_of(explained[latent].rule)
         if isinstance(rule, TreeRule):
             continue
         test = latent_examples(source, latent, n_train=0).test
@@ -533,7 +533,7 @@ def test_every_headline_is_the_score_of_the_text_that_is_shown(store, source, pl
                 test = latent_examples(source, latent, n_train=0).test
                 view, (positive, negative) = View(places, test.segments.grid[test.rows]), test.questions["random"]
                 for language in ("it", "en"):
-                    text = explained[latent][1].text(language)
+                    text = explained[latent].text(language)
                     assert len(text) <= 120
                     said = fires(read(text, language), view, language).any(axis=1)
                     assert (said[positive].mean() + 1 - said[negative].mean()) / 2 == pytest.approx(score, abs=1e-9)

@@ -33,7 +33,7 @@ def test_planted_token_latents_are_explained_perfectly(store, planted, mini):
     with Store(store, {}) as opened:
         explanations = opened.explanations("rules")
     for latent in range(N_TOKENS):
-        explanation = explanations[latent][1]
+        explanation = explanations[latent]
         token = mini.tokenizer.convert_ids_to_tokens(int(planted.tokens[planted.latent(latent).position[0]]))
         assert explanation.rule["precision"] == 1 and explanation.rule["recall"] == 1
         assert explanation.text_it.startswith(f"su {quoted('token', token.replace('▁', ' '), 'it')}")
@@ -46,7 +46,7 @@ def test_latents_of_the_token_before_are_found_and_beat_the_lookup(store):
     assert np.mean([own[latent] for latent in latents]) >= 0.95
     assert np.mean([own[latent] - lookup[latent] for latent in latents]) > 0.05
     with Store(store, {}) as opened:
-        families = [opened.explanations("rules")[latent][1].rule["family"] for latent in latents]
+        families = [opened.explanations("rules")[latent].rule["family"] for latent in latents]
     assert sum(family.startswith("previous") for family in families) >= N_PREVIOUS - 2
 
 
@@ -65,7 +65,7 @@ def test_controls_are_chance(store):
 def test_dead_and_rare_latents_are_reported_and_never_scored(store, planted):
     with Store(store, {}) as opened:
         explanations = opened.explanations("rules")
-        assert explanations[DEAD][1].status == "dead" and explanations[RARE][1].status == "too few activations"
+        assert explanations[DEAD].status == "dead" and explanations[RARE].status == "too few activations"
         assert scores_of(opened, DEAD) == scores_of(opened, RARE) == []
         rows = [row for latent in range(DEAD) for row in scores_of(opened, latent) if row["scorer"] != "simulation"]
         counted = [row for row in rows if not row["metric"].startswith("tpr_decile")]

@@ -38,7 +38,7 @@ from sae_italian.autointerp.scorers.subject import (
     intruder,
     surprisal,
 )
-from sae_italian.autointerp.store import Explanation, Falls, Store
+from sae_italian.autointerp.store import Explanation, Store
 from sae_italian.autointerp.work import AutointerpConfig
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import Estimate, auroc_by_document, two_way_mean
@@ -116,7 +116,7 @@ def test_failed_answers_are_left_out_and_counted(source):
 
 def test_a_judges_answers_are_told_example_by_example():
     shown = [SimpleNamespace(first=11, negatives=None), SimpleNamespace(first=22, negatives="random")]
-    one = Asked(SimpleNamespace(name="j"), Explanation(0, "nobody", "ok", "", "", None), "shuffled", 7)
+    one = Asked(SimpleNamespace(name="j"), Explanation(0, "nobody", "ok", "", "", None, id=7), "shuffled")
     one.answers["detection"] = shown, Verdicts(np.array([1, 0]), np.array([0.75, np.nan]))
     one.answers["fuzzing"] = shown[1:], Verdicts(np.array([-1]), None)
     expected = [
@@ -159,13 +159,13 @@ def test_of_a_control_only_the_scorers_own_metric_is_kept_and_what_is_unknown_to
     examples = latent_examples(source, N_TOKENS, n_test=20)
     judge = SimpleNamespace(name="j", detect=lambda explanation, shown: Verdicts(np.ones(len(shown), int), None))
     one = Explanation(0, "nobody", "ok", "", "", None)
-    asked = [Asked(judge, one, row_id=1), Asked(judge, one, "shuffled", 2), Asked(judge, one)]
-    rows = [row for row in score_rows(asked, examples) if not isinstance(row, Falls)]
-    metrics = {number: {row[6] for row in rows if row[0] == number} for number in (1, 2, None)}
-    assert metrics[2] == {"balanced_accuracy"} and not metrics[None]
+    asked = [Asked(judge, one._replace(id=1)), Asked(judge, one._replace(id=2), "shuffled"), Asked(judge, one)]
+    rows, _ = score_rows(asked, examples)
+    metrics = {number: {row[6] for row in rows if row[0] == number} for number in (0, 1, 2)}
+    assert metrics[2] == {"balanced_accuracy"} and not metrics[0]
     assert {"balanced_accuracy", "tpr", "tnr", "f1"} <= metrics[1]
-    only = Asked(judge, one, row_id=3, only={"detection": "random"})
-    told = {(row[3], row[5], row[6]) for row in score_rows([asked[2], only], examples) if not isinstance(row, Falls)}
+    only = Asked(judge, one._replace(id=3), only={"detection": "random"})
+    told = {(row[3], row[5], row[6]) for row in score_rows([asked[2], only], examples)[0]}
     assert told == {("detection", "random", "balanced_accuracy")}
 
 
@@ -175,13 +175,13 @@ def test_the_store_gets_by_how_much_each_explanations_score_falls(source):
     said = np.arange(len(examples.test)) % 3 == 0
     judge = SimpleNamespace(name="j", detect=lambda _, shown: Verdicts(np.resize(said, len(shown)) * 1, None))
     one = Explanation(0, "nobody", "ok", "", "", None)
-    asked = [Asked(judge, one, row_id=1), Asked(judge, one, "shuffled", 2), Asked(judge, one)]
-    falls = [row for row in score_rows(asked, examples) if isinstance(row, Falls)]
-    assert [(row[0], row.latent, row.control, row.judge) for row in falls] == [
+    asked = [Asked(judge, one._replace(id=1)), Asked(judge, one._replace(id=2), "shuffled"), Asked(judge, one)]
+    falls = score_rows(asked, examples)[1]
+    assert [row[:4] for row in falls] == [
         (1, N_TOKENS, "", "j"), (2, N_TOKENS, "shuffled", "j")
     ]  # fmt: skip
-    own = (falls[0].falls or {})["detection random"]
-    assert own == (falls[1].falls or {})["detection random"] and len(own) == GROUPS
+    own = falls[0][4]["detection random"]
+    assert own == falls[1][4]["detection random"] and len(own) == GROUPS
     sides = examples.test.questions["random"]
     for group, fall in enumerate(own):
         left = [rows[examples.test.document[rows] % GROUPS != group] for rows in sides]
@@ -262,7 +262,7 @@ def test_questions_know_their_pairs_and_documents(source):
 def test_the_executed_rule_answers_by_example_as_it_does_by_array(source, places, store):
     """A rule is laid over all segments at once; what it says of one example is what it says of that example alone."""
     with Store(store, {}) as opened:
-        explanation = opened.explanations("rules")[N_TOKENS][1]
+        explanation = opened.explanations("rules")[N_TOKENS]
     examples, judge = latent_examples(source, N_TOKENS), RuleJudge(places)
     said = judge.detect(explanation, examples.marked).said
     simulated = judge.simulate(explanation, examples.simulation)

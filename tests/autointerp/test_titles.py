@@ -91,10 +91,10 @@ def on(places, source, kind):
 
 def test_titles_are_short_and_have_their_own_score(store):
     with Store(store, {}) as opened:
-        explained = [e for _, e in opened.explanations("rules").values() if e.status == "ok"]
+        explained = [e for e in opened.explanations("rules").values() if e.status == "ok"]
         where = {"explainer": "rules", "scorer": "detection", "metric": "balanced_accuracy", "negatives": "random"}
         scores, own = opened.values(control=TITLE, **where), opened.values(control="", **where)
-        lookups = [e for _, e in opened.explanations("token-lookup").values()]
+        lookups = [*opened.explanations("token-lookup").values()]
     assert len(explained) > 10 and scores.keys() == own.keys()
     for explanation in explained:
         for language in ("it", "en"):

@@ -113,7 +113,7 @@ def write_explained(folder: Path, *, d_sae: int, n_non_zeros: int) -> None:
     with Store(folder / STORE_FILE, {}) as store:
         for name in (EXPLAINER, LOOKUP):
             store.add_explanations(Explanation(i, name, "ok", text, text, rule) for i, text in enumerate(texts))
-            ids = {latent: number for latent, (number, _) in store.explanations(name).items()}
+            ids = {latent: found.id for latent, found in store.explanations(name).items()}
             scores = rng.uniform(0.5, 1.0, size=(d_sae, 2)).round(3).tolist()
             kinds = (("detection", "random"), ("fuzzing", "same-token"))
             store.add_scores(

@@ -142,7 +142,7 @@ def test_an_llms_explanation_and_its_judge_stand_beside_the_rule(source, cache):
     latent = next(iter(source.scores["rules", "detection"]))
     with Store(source.store_path, {}) as store:
         store.add_explanations([Explanation(latent, "llm:prova:it1", "ok", "plurale femminile", "", None, "llm")])
-        number = store.explanations("llm:prova:it1")[latent][0]
+        number = store.explanations("llm:prova:it1")[latent].id
         store.add_scores(
             [(number, latent, "", "detection", "prova", "random", "balanced_accuracy", 0.9, 0.8, 0.95, 20, 20, 0)]
         )

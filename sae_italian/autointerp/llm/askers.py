@@ -302,7 +302,7 @@ def run_beside(
     client.must_have_answered()
     with Store(path, {}) as store:
         store.note({f"endpoint without {name}": f"{client.model}: {why}" for name, why in client.missing.items()})
-        found = [e for explainer in askers["explainers"] for _, e in store.explanations(explainer.name).values()]
+        found = [e for explainer in askers["explainers"] for e in store.explanations(explainer.name).values()]
         spending = store.spending()
     n_foreign = sum(bool((explanation.notes or {}).get("wrong_language")) for explanation in found)
     summaries = side_by_side(path)

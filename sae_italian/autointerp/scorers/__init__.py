@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_italian.autointerp.examples import Example, LatentExamples, Verdicts
-from sae_italian.autointerp.store import Explanation, Falls
+from sae_italian.autointerp.store import Explanation, Row
 from sae_italian.base.statistics import Estimate
-
-Row = tuple[Any, ...]  # of the table `score`, or a Falls
 
 
 class Score(NamedTuple):
@@ -32,7 +30,7 @@ class Score(NamedTuple):
 
 @dataclass(eq=False)
 class Asked:
-    """One explanation before one judge. `row_id` is its id in the store, None for what is only compared with.
+    """One explanation before one judge; one without an id in the store is only compared with.
 
     `only` names the scorers that are asked and the negatives that are kept of each, when not all are: of judges who always
     say the same.
@@ -41,7 +39,6 @@ class Asked:
     judge: Any  # with the method that the scorer needs
     explanation: Explanation
     control: str = ""  # which control it serves; "" for an explanation on its own latent's examples
-    row_id: int | None = None
     only: Mapping[str, str] = field(default_factory=dict)
     answers: dict[str, tuple[Sequence[Example], Verdicts]] = field(default_factory=dict)  # by scorer
     falls: dict[str, list[int | None]] = field(default_factory=dict)  # as the store keeps them
@@ -49,7 +46,7 @@ class Asked:
     def rows(self, latent: int, scorer: str, score: Score) -> Iterator[Row]:
         """Yield a score as rows of the store."""
         for metric, estimate in score.metrics.items():
-            where = (self.row_id, latent, self.control, scorer, self.judge.name, score.negatives, metric)
+            where = (self.explanation.id, latent, self.control, scorer, self.judge.name, score.negatives, metric)
             yield (*where, *estimate.finite(), *score[2:5])
 
     def judgements(self, latent: int) -> Iterator[Row]:
@@ -58,7 +55,7 @@ class Asked:
             probability = np.full(len(said), np.nan) if known is None else known
             each = zip(examples, said.tolist(), probability.tolist(), strict=True)
             for i, (example, yes, p) in enumerate(each):
-                where = (self.row_id, latent, self.control, scorer, self.judge.name, i)
+                where = (self.explanation.id, latent, self.control, scorer, self.judge.name, i)
                 yield *where, example.first, example.negatives or "", yes, p if p == p else None
 
 
@@ -88,8 +85,8 @@ def falls_name(scorer: str, negatives: str, metric: str) -> str:
     return " ".join([scorer, negatives, *[metric] * (metric != SCORERS[scorer].metric)])
 
 
-def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> list[Row]:
-    """Return the rows of all scores that the judges can give, of the explanations that the store knows.
+def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> tuple[list[Row], list[Row]]:
+    """Return the rows of all scores that the judges can give, of the explanations that the store knows, and of their falls.
 
     The one path of every score: rules, LLMs, encoders and the subject model. Scores of one scorer are made together, on
     the same examples and the same resamples, so that explanations compare in pairs. The latent's own comes first.
@@ -101,14 +98,14 @@ def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> list[Row]:
         for one, found in score(able, examples) if able else ():
             if one.only or one.control:  # what a control is there for
                 found = found._replace(metrics={metric: found.metrics[metric]})
-            if one.row_id is not None:
+            if one.explanation.id:
                 rows += one.rows(examples.latent, name, found)
             for of, falls in found.falls.items():
                 if of in found.metrics:
                     which = falls_name(name, found.negatives, of)
                     one.falls[which] = [None if fall != fall else round(1000 * fall) for fall in falls]
-    known = (one for one in asked if one.falls and one.row_id is not None)
-    return rows + [Falls(one.row_id or 0, examples.latent, one.control, one.judge.name, one.falls) for one in known]
+    known = (one for one in asked if one.falls and one.explanation.id)
+    return rows, [(one.explanation.id, examples.latent, one.control, one.judge.name, one.falls) for one in known]
 
 
 for _module in iter_modules(__path__):

@@ -175,7 +175,7 @@ def test_what_was_refused_is_asked_again_when_the_server_is_mended(client_of, tm
 def test_a_latent_that_the_endpoint_failed_on_is_judged_again(tmp_path):
     def scored(said):
         row = (1, 5, "", "detection", "llm:m", "random", "balanced_accuracy", 0.9, None, None, 2, 2, 0)
-        return [row], [(1, 5, "", "detection", "llm:m", i, 7, "", one, None) for i, one in enumerate(said)]
+        return [row], [], [(1, 5, "", "detection", "llm:m", i, 7, "", one, None) for i, one in enumerate(said)]
 
     with Store(tmp_path / "s", {}) as store:
         store.add_explanations([Explanation(5, "llm:m", "ok", "verbi", "", None)])
@@ -190,7 +190,11 @@ def test_what_an_earlier_stranger_was_judged_by_gives_way_too(tmp_path):
 
     def of(explanation, control, said):
         row = (explanation, 5, control, "detection", "llm:m", "random", "balanced_accuracy", 0.9, None, None, 2, 2, 0)
-        return row, (explanation, 5, control, "detection", "llm:m", 0, 7, "", said, None)
+        return (
+            row,
+            (explanation, 5, control, "llm:m", {}),
+            (explanation, 5, control, "detection", "llm:m", 0, 7, "", said, None),
+        )
 
     with Store(tmp_path / "s", {}) as store:
         store.add_explanations([Explanation(latent, "llm:m", "ok", "verbi", "", None) for latent in (5, 6, 7)])

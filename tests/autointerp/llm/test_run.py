@@ -90,7 +90,7 @@ def test_an_llm_explains_and_judges_beside_the_rules(planted, prices, capsys):
     assert result["endpoint_without"] == {"logprobs": "the answers carry none"}
     with Store(planted.folder / STORE_FILE, {}) as store:
         explanations = store.explanations("llm:prova:it1")
-        assert [explanation.status for _, explanation in explanations.values()] == ["ok"] * N + ["dead"]
+        assert [explanation.status for explanation in explanations.values()] == ["ok"] * N + ["dead"]
         assert N not in store.scored("llm:prova:it1", "llm:prova:it1") and "endpoint without logprobs" in store.notes()
         judgements = store.connection.execute(
             "SELECT latent, negatives, count(*), count(DISTINCT example), count(DISTINCT first), sum(said < 0) FROM judgement "
@@ -144,7 +144,7 @@ def test_a_try_that_came_to_nothing_does_not_bind_the_next_one(planted, capsys, 
         assert "do not fit into the context" in error and error.count("\n") == 1 and endpoint.requests == []
         assert run(cache, endpoint, "context_tokens=1500") == 0
     with Store(cache.folder / STORE_FILE, {}) as store:
-        (_, explanation) = store.explanations("llm:prova:it1")[0]
+        explanation = store.explanations("llm:prova:it1")[0]
     assert explanation.status == "ok" and explanation.notes["examples"] < 20
     assert explanation.notes["examples"] + explanation.notes["examples_dropped"] == 20
 

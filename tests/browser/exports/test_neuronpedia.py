@@ -151,7 +151,7 @@ def test_every_line_has_the_same_keys_and_ids_are_unique(bulk, cache):
 
 def test_explanations_come_in_both_languages_with_their_score(bulk, cache):
     with Store(cache.folder / STORE_FILE, {}) as store:
-        known = {i: e for i, (_, e) in store.explanations("rules").items() if e.status == "ok" and i in WANTED}
+        known = {i: e for i, e in store.explanations("rules").items() if e.status == "ok" and i in WANTED}
     rows = lines(bulk, "explanations")
     assert known and {(int(row["index"]), row["description"]) for row in rows} == {
         (i, text) for i, e in known.items() for text in (e.text_it, e.text_en)
