@@ -97,16 +97,12 @@ def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
 def _marked_passage(example: dict[str, Any]) -> Excerpt:
     tokens = tuple(example["tokens"])
     listed = [(str(item["token"]), float(item["strength"])) for item in example["activations"]]
-    strengths = np.zeros(len(tokens))
-    if len(listed) == len(tokens):
-        strengths[:] = [strength for _, strength in listed]
-    else:  # only the active ones: in order, each at its next occurrence
-        bare, place = [token.strip() for token in tokens], -1
-        for token, strength in listed:
-            if token.strip() not in bare[place + 1 :]:
-                raise ValueError(f"active token {token!r} is not among the tokens")
-            place = bare.index(token.strip(), place + 1)
-            strengths[place] = strength
+    strengths, places = np.zeros(len(tokens)), iter(range(len(tokens)))
+    for token, strength in listed:  # of only the active ones each stands at its next occurrence
+        here = (i for i in places if len(listed) == len(tokens) or tokens[i].strip() == token.strip())
+        if (place := next(here, None)) is None:
+            raise ValueError(f"active token {token!r} is not among the tokens")
+        strengths[place] = strength
     return Excerpt(tokens, strengths, re.sub(r"<<|>>", "", example["text"]))
 
 
@@ -188,11 +184,11 @@ def write_submission(source: str | Path, out: Path, task: Task, answers: dict[st
     for name, row in zip(ids, rows, strict=True):
         if task == 1:
             row["explanation"] = str(answers[name])
-            continue
-        if len(answers[name]) != len(row["examples"]):
+        elif len(answers[name]) != len(row["examples"]):
             raise UsageError(f"{name} has {len(row['examples'])} examples and {len(answers[name])} answers.")
-        for example, said in zip(row["examples"], answers[name], strict=True):
-            example["activating"] = bool(said)
+        else:
+            for example, said in zip(row["examples"], answers[name], strict=True):
+                example["activating"] = bool(said)
     check_format(out)
     if out.suffix == ".jsonl":
         write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from sae_italian.autointerp.examples import Example, Explainer
 from sae_italian.autointerp.explainita import Excerpt, Latent, Task, as_example, as_examples, by_id
@@ -132,13 +132,12 @@ def _fit(family: Family, keys: list[str | None], value: np.ndarray) -> tuple[flo
 
 
 def _judged(latent: Latent, judge: Any | None) -> tuple[list[bool], int]:
-    examples = [as_example(passage) for passage in latent.sequences]
-    plain = [mentions(latent.explanation or "", example.text) for example in examples]
+    examples, text = [as_example(passage) for passage in latent.sequences], latent.explanation or ""
+    plain = np.array([mentions(text, example.text) for example in examples], dtype=bool)
     if judge is None:
-        return plain, 0
-    said = judge.detect(Explanation(latent.index, "", "ok", latent.explanation or "", "", None), examples).said
-    answers = [bool(one) if one >= 0 else other for one, other in zip(said.tolist(), plain, strict=True)]
-    return answers, int((said < 0).sum())
+        return plain.tolist(), 0
+    said = judge.detect(Explanation(latent.index, "", "ok", text, "", None), examples).said
+    return np.where(said < 0, plain, said > 0).tolist(), int((said < 0).sum())
 
 
 def mentions(explanation: str, text: str) -> bool:
@@ -204,18 +203,19 @@ def evaluate_sequences(predicted: Sequence[Latent], gold: Sequence[Latent]) -> d
     everything = [sequence for latent in theirs for sequence in latent.sequences]
     if everything and all(one.strengths is None and not one.activating for one in everything):
         raise UsageError("the gold file is the test split with its labels hidden (activations -1, none activating).")
-    sums = np.zeros((len(ours), 4))
-    for row, both in enumerate(zip(ours, theirs, strict=True)):
-        yes, positive = _labels(*both)
-        sums[row] = [(said & true).sum() for true in (positive, ~positive) for said in (yes, ~yes)]
+    labels = [_labels(*both) for both in zip(ours, theirs, strict=True)]
+    counts = [
+        [(yes & true).sum(), (~yes & true).sum(), (yes & ~true).sum(), (~yes & ~true).sum()] for yes, true in labels
+    ]
+    sums = np.array(counts, dtype=np.float64).reshape(-1, 4)
     metrics = {name: bootstrap(sums, lambda total, name=name: _rates(total)[name]) for name in _rates(sums)}
     both = (sums[:, :2].sum(1) > 0) & (sums[:, 2:].sum(1) > 0)
     metrics["balanced_accuracy_by_latent"] = mean_interval(_rates(sums[both])["balanced_accuracy"])
-    counts = {"latents": len(ours), "sequences": int(sums.sum()), "positive": int(sums[:, :2].sum())}
-    return {"task": 2, **counts, **{name: metric.as_dict() for name, metric in metrics.items()}}
+    facts = {"latents": len(ours), "sequences": int(sums.sum()), "positive": int(sums[:, :2].sum())}
+    return {"task": 2, **facts, **{name: metric.as_dict() for name, metric in metrics.items()}}
 
 
-def _labels(mine: Latent, truth: Latent) -> tuple[np.ndarray, np.ndarray]:
+def _labels(mine: Latent, truth: Latent) -> Bool[np.ndarray, "2 sequences"]:
     """Return both sides' labels. Raises: UsageError unless both have the same sequences, each with its label."""
     if len(mine.sequences) != len(truth.sequences):
         raise UsageError(f"{mine.id} has {len(truth.sequences)} sequences, {len(mine.sequences)} answers.")
@@ -225,8 +225,7 @@ def _labels(mine: Latent, truth: Latent) -> tuple[np.ndarray, np.ndarray]:
         if None in (one.activating, other.activating):
             side = "the submission" if one.activating is None else "the gold file"
             raise UsageError(f"{side} has no label for sequence {i} of {mine.id}.")
-    yes, positive = (np.array([one.activating for one in side.sequences], bool) for side in (mine, truth))
-    return yes, positive
+    return np.array([[one.activating for one in side.sequences] for side in (mine, truth)], dtype=bool)
 
 
 def _rates(sums: Float[np.ndarray, "samples 4"]) -> dict[str, np.ndarray]:
@@ -269,14 +268,11 @@ def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
     for latent in latents:
         if latent.index >= width:
             raise UsageError(f"{latent.id} is not a latent of this SAE, which has {width}. Give the released one.")
-        known = [one for one in latent.sequences if one.strengths is not None]
-        both = [(one.strengths, token_ids(tokenizer, one)) for one in known]
-        aligned = [(strengths, ids) for strengths, ids in both if strengths is not None and ids is not None]
+        known = [(one.strengths, token_ids(tokenizer, one)) for one in latent.sequences if one.strengths is not None]
+        aligned = [(strengths, ids) for strengths, ids in known if ids is not None]
         n_known, n_aligned = n_known + len(known), n_aligned + len(aligned)
-        if not any(strengths.any() for strengths, _ in aligned):
-            continue
-        stored = np.concatenate([strengths for strengths, _ in aligned])
-        for name, prefix in prefixes.items():
+        stored = np.concatenate([np.empty(0), *(strengths for strengths, _ in aligned)])
+        for name, prefix in prefixes.items() if stored.any() else ():
             ours = []
             for _, ids in aligned:
                 x = read_activations(model, torch.tensor([[*prefix, *ids]]), sae.cfg.metadata.hook_name)

@@ -34,6 +34,7 @@ LISTED = 20  # keys kept for a reader beside the text
 INSIDE = "…"  # stands before a token that begins with a letter and no space
 LINE_ENDS = str.maketrans("\n\r\t", "⏎␍⇥")  # tokens of their own in many models: a text is one line
 Term = tuple[Numbers, Numbers]  # conditions by number: those that hold, and those that do not
+PARTS = {"suffix": "-{}", "clitic": "-{}", "prefix": "{}-"}  # families whose keys are parts of words
 PIECES = ("token", "previous", "next", "bigram", "trigram")  # families whose keys are tokens
 
 
@@ -164,10 +165,8 @@ def quoted(family: Family, name: str, language: Language) -> str:
     """
     if family == "shape":
         return label(f"shape.{name}", language)
-    if family.startswith("suffix") or family == "clitic":
-        return f"-{name}"
-    if family.startswith("prefix"):
-        return f"{name}-"
+    if form := PARTS.get(family.rstrip("2345")):
+        return form.format(name)
     if family in PIECES:
         if name[:1] == " " and name[1:2].isalnum():
             name = name[1:]
@@ -184,13 +183,11 @@ def _common_ending(rule: KeyRule, named: Sequence[int], least: float = 0.8) -> s
         return ""
     mass = rule.mass[list(named)]
     for length in (5, 4, 3, 2):
-        endings: dict[str, float] = {}
-        for word, share in zip(words, mass.tolist(), strict=True):
-            if len(word) > length and word[-length:].isalpha():
-                endings[word[-length:]] = endings.get(word[-length:], 0.0) + share
-        best = max(endings, key=lambda ending: endings[ending], default="")
-        if best and endings[best] >= least * float(mass.sum()):
-            return "" if len(os.path.commonprefix(words)) >= length else best
+        ends = [word[-length:] if len(word) > length and word[-length:].isalpha() else "" for word in words]
+        found, index = np.unique(ends, return_inverse=True)
+        shares = np.bincount(index, mass) * (found != "")
+        if shares.max() >= least * mass.sum():
+            return "" if len(os.path.commonprefix(words)) >= length else str(found[shares.argmax()])
     return ""
 
 
