@@ -202,12 +202,11 @@ RULE = "rule"
 class Explainer(Protocol):
     """Turns examples into explanations, with an LLM or without. `name` is how the store and the tables call it.
 
-    `concurrency` says how many latents may be in its hands at once (threads), 1 for one that computes. `n_train`, where
-    it has one, is the number of training positives it wants, and `settings` are what its explanations depend on.
+    Where it has them, `concurrency` says how many latents may be in its hands at once (threads; one that computes takes one
+    at a time), `n_train` how many training positives it wants, and `settings` what its explanations depend on.
     """
 
     name: str
-    concurrency: int
 
     def explain(self, examples: LatentExamples) -> list[Explanation]:
         """Return one explanation per name this explainer answers for; failures are explanations with that status."""
@@ -237,7 +236,6 @@ class RuleJudge:
     """Executes rules on the places of the cache they were made from; the examples are a latent's `ExampleSet`s."""
 
     name = RULE
-    concurrency = 1
 
     def __init__(self, places: Places, what: Literal["text", "whole", "title"] = "text"):
         """What is executed is what the rule's text says, the whole rule as it was fitted, or the latent's title."""
@@ -304,7 +302,6 @@ class ConstantJudge:
     """Always says the same: balanced accuracy is exactly 0.5."""
 
     answer: bool
-    concurrency: int = 1
 
     @property
     def name(self) -> str:

@@ -120,7 +120,7 @@ class Run:
         todo = [latent for latent, rule in left.items() if rule.status == "ok"]
         n_train = getattr(explainer, "n_train", N_TRAIN)
         shown = (self.work.examples(n, n_train=n_train, promoted=self.work.promoted(n)) for n in todo)
-        found = in_threads(explainer.explain, shown, explainer.concurrency)
+        found = in_threads(explainer.explain, shown, getattr(explainer, "concurrency", 1))
         for explanations in progress(explainer.name, found, total=len(todo), unit="latent"):
             self.store.add_explanations(explanations)
 
@@ -152,7 +152,7 @@ class Run:
             return *rows, [judgement for one in asked for judgement in one.judgements(own.latent)]
 
         shown = ((self.work.examples(known[0].latent, n_train=0, **settings), known) for known in todo)
-        found = in_threads(score, shown, judge.concurrency)
+        found = in_threads(score, shown, getattr(judge, "concurrency", 1))
         for rows in progress(judge.name, found, total=len(todo), unit="latent"):
             self.store.add_scores(*rows)
 

@@ -140,7 +140,7 @@ class LLMExplainer(Asker):
         n = len(shown)
         while True:
             request = self.request(examples, shown[:n])
-            if context is not None and self.client.counter.messages(request.messages) > context - room:
+            if context is not None and self.client.counter(request.messages) > context - room:
                 why, fewer = f"{context} tokens", n - 1
             else:
                 (answer,) = self.answers([request], [read_explanation])

@@ -157,14 +157,11 @@ def reply_of(body: dict[str, Any]) -> Reply:
 
 def usage_of(body: dict[str, Any], most_in: int, most_out: int) -> tuple[int | None, int | None, int | None]:
     """Return the tokens in, cached and out that a server counted; None for what no such question can have."""
-
-    def count(value: Any, most: int) -> int | None:
-        return value if type(value) is int and 0 <= value <= most else None
-
     usage = _dict(body.get("usage"))
-    tokens_in = count(usage.get("prompt_tokens"), most_in)
-    cached = count(_dict(usage.get("prompt_tokens_details")).get("cached_tokens"), tokens_in or 0)
-    return tokens_in, cached, count(usage.get("completion_tokens"), most_out)
+    cached = _dict(usage.get("prompt_tokens_details")).get("cached_tokens")
+    counted = (usage.get("prompt_tokens"), most_in), (cached, most_in), (usage.get("completion_tokens"), most_out)
+    tokens_in, cached, tokens_out = (n if type(n) is int and 0 <= n <= most else None for n, most in counted)
+    return tokens_in, None if (cached or 0) > (tokens_in or 0) else cached, tokens_out
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -229,26 +226,16 @@ def price_of(settings: LLMSettings) -> Price | None:
     return Price(*figures, source)
 
 
-@dataclass(frozen=True)
-class TokenCounter:
-    """Counts prompt tokens: exactly with a tokenizer of the model, else by the stated approximation."""
+def token_counter(settings: LLMSettings) -> Callable[[Sequence[Mapping[str, str]]], int]:
+    """Return what counts the tokens of a prompt: exactly with a tokenizer of the model, else by the stated approximation."""
+    from sae_italian.models import load_tokenizer
 
-    count_text: Callable[[str], int] = lambda text: math.ceil(len(text) / CHARACTERS_PER_TOKEN)
-    how: str = APPROXIMATION
+    tokenizer = load_tokenizer(settings.llm_tokenizer) if settings.llm_tokenizer else None
 
-    @classmethod
-    def of(cls, settings: LLMSettings) -> TokenCounter:
-        """Return the counter that the settings ask for."""
-        from sae_italian.models import load_tokenizer
+    def count(text: str) -> int:
+        return len(tokenizer(text)["input_ids"]) if tokenizer else math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
-        if settings.llm_tokenizer is None:
-            return cls()
-        tokenizer = load_tokenizer(settings.llm_tokenizer)
-        return cls(lambda text: len(tokenizer(text)["input_ids"]), f"the tokenizer of {settings.llm_tokenizer}")
-
-    def messages(self, messages: Sequence[Mapping[str, str]]) -> int:
-        """Return the tokens of a prompt."""
-        return sum(self.count_text(message["content"]) + MESSAGE_TOKENS for message in messages)
+    return lambda messages: sum(count(message["content"]) + MESSAGE_TOKENS for message in messages)
 
 
 class EndpointError(UsageError, openai.OpenAIError):
@@ -267,8 +254,8 @@ class Budget:
 
     def __init__(self, limit: float | None):
         self.limit = math.inf if limit is None else limit
-        self.spent = self.uncertain = self._reserved = 0.0
-        self._in_flight = 0
+        self.spent = self.uncertain = 0.0
+        self._reserved: list[float] = []  # a number for each attempt in flight
         self._changed = threading.Condition()
 
     @contextmanager
@@ -279,15 +266,14 @@ class Budget:
         none is in flight.
         """
         with self._changed:
-            while (gone := self.spent + self.uncertain) + self._reserved + account.worst > self.limit:
-                if not self._in_flight:
+            while (gone := self.spent + self.uncertain) + sum(self._reserved) + account.worst > self.limit:
+                if not self._reserved:
                     raise BudgetReached(
                         f"the next call may cost ${account.worst:.4f} and ${gone:.4f} of the ${self.limit:g} of --max-usd "
                         "are gone. What was answered is kept: run again with a higher --max-usd to go on."
                     )
                 self._changed.wait()
-            self._reserved += account.worst
-            self._in_flight += 1
+            self._reserved.append(account.worst)
         account.attempts += 1
         account.lost = True  # until the block says otherwise: it may have been billed all the same
         try:
@@ -296,8 +282,7 @@ class Budget:
             uncertain = account.worst if account.lost else 0.0
             account.usd_uncertain += uncertain
             with self._changed:
-                self._reserved -= account.worst
-                self._in_flight -= 1
+                self._reserved.remove(account.worst)
                 self.spent += account.usd or 0.0
                 self.uncertain += uncertain
                 self._changed.notify_all()
@@ -308,7 +293,7 @@ class DryClient:
 
     def __init__(self, settings: LLMSettings):
         self.settings, self.model, self.concurrency = settings, settings.llm_model or "", 1
-        self.counter = TokenCounter.of(settings)
+        self.counter = token_counter(settings)
         self.asked: dict[str, tuple[int, int, int, int]] = {}  # tokens in, constant, out, and out at most
 
     def ask(self, requests: Sequence[Request]) -> list[Reply]:
@@ -317,10 +302,10 @@ class DryClient:
     def _one(self, request: Request) -> Reply:
         (key, value), *_ = (request.schema or {})["properties"].items()
         n = value.get("minItems", 0)
-        constant = self.counter.messages(request.messages[:-1])
+        constant = self.counter(request.messages[:-1])
         out = OUT_FRAME + OUT_NUMBER * n if n else OUT_EXPLANATION
         most = self.settings.max_output_tokens or request.max_tokens
-        took = (constant + self.counter.messages(request.messages[-1:]), constant, out, most)
+        took = (constant + self.counter(request.messages[-1:]), constant, out, most)
         self.asked.setdefault(request.key(self.model, {}), took)
         answer = [0] * n if n else f"{EXPLANATION} {len(self.asked)}"  # no two explanations are the same
         return Reply("ok", json.dumps({key: answer}), "stop")
@@ -335,7 +320,7 @@ class DryClient:
         tokens in are the same in every call of a kind, so that a server may have them cached; `usd_at_most` is for answers
         as long as they may be, and everything asked twice (repairs); `of_random` latents are the random SAE's.
         """
-        scale, price = latents / max(1, sampled), price_of(self.settings)
+        scale, price, tokenizer = latents / max(1, sampled), price_of(self.settings), self.settings.llm_tokenizer
         sums = [round(scale * sum(column)) for column in zip(*self.asked.values(), strict=True)] or [0] * 4
         return {
             "model": self.model,
@@ -345,7 +330,7 @@ class DryClient:
             **dict(zip(("tokens_in", "tokens_constant", "tokens_out"), sums, strict=False)),
             "usd": None if price is None else price.usd(sums[0], sums[2]),
             "usd_at_most": None if price is None else 2 * price.usd(sums[0], sums[3]),
-            "counted_with": self.counter.how,
+            "counted_with": f"the tokenizer of {tokenizer}" if tokenizer else APPROXIMATION,
             "price": "" if price is None else price.source,
             "of_random": of_random,
         }

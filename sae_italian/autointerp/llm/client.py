@@ -67,7 +67,7 @@ class Client:
                 f"there is no price for {self.model!r}, so --max-usd cannot be kept. Give prices=FILE with its price "
                 "(0 for a server of your own), or leave --max-usd out."
             )
-        self.counter, self.budget = calls.TokenCounter.of(settings), calls.Budget(settings.max_usd)
+        self.counter, self.budget = calls.token_counter(settings), calls.Budget(settings.max_usd)
         self.missing: dict[str, str] = {}
         self.counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
         self.reasons: Counter[str] = Counter()
@@ -114,8 +114,8 @@ class Client:
         try:
             reply = self._ledger.find(key)
             if reply is None:
-                tokens = self.counter.messages(request.messages)
-                account = Account(0.0 if self.price is None else self.price.usd(tokens, request.max_tokens))
+                most = self.price.usd(self.counter(request.messages), request.max_tokens) if self.price else 0.0
+                account = Account(most)
                 reply = self._asked(request, account)
                 self._ledger.add(key, self.model, request, reply, account)
                 self.count("retries", n=max(0, account.attempts - 1))
@@ -196,7 +196,7 @@ class Client:
                 raise httpx2.DecodingError(
                     f"the answer is no chat completion: {calls.sentence_of(response.text, self._key)}"
                 )
-            most = 10 * self.counter.messages(request.messages) + 1000, 10 * request.max_tokens + 1000
+            most = 10 * self.counter(request.messages) + 1000, 10 * request.max_tokens + 1000
             account.tokens_in, account.tokens_cached, account.tokens_out = calls.usage_of(body, *most)
             if account.tokens_in is not None and account.tokens_out is not None:
                 account.lost, cached = False, account.tokens_cached or 0
@@ -249,8 +249,9 @@ class Client:
                 f"{self.url} sends on to {headers.get('Location', '?')}. If you trust it, give it as --endpoint."
             )
         if status in HOPELESS:
-            what = f"the endpoint {HOPELESS[status]} ({why})"
-            raise self._stop(f"{self.url}: {what}. Check --endpoint, --llm-model and the key's variable.")
+            raise self._stop(
+                f"{self.url}: the endpoint {HOPELESS[status]} ({why}). Check --endpoint, --llm-model and the key's variable."
+            )
         busy = status in (408, 409, 429) or status >= 500 and status != 501
         if not busy and _too_long(status, said.lower()):
             return Reply(f"{calls.TOO_LONG}: {why}")

@@ -68,7 +68,6 @@ class SubjectJudge:
     language: Language = "it"
     context: int = CONTEXT
     name: str = "subject"
-    concurrency: int = 1
 
     def log_likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Float[np.ndarray, " n"]:
         """Return the log-likelihood in nats of the second part of each pair after the first.
@@ -243,7 +242,6 @@ class EncoderJudge:
     encode: Callable[[Sequence[str]], Float[np.ndarray, "texts d"]]
     language: Language = "it"
     name: str = "encoder"
-    concurrency: int = 1
 
 
 @scorer(needs="encode", metric="auroc")

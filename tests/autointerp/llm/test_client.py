@@ -21,7 +21,6 @@ from sae_italian.autointerp.llm.calls import (
     EndpointError,
     Ledger,
     Request,
-    TokenCounter,
     price_of,
 )
 from sae_italian.autointerp.store import Store
@@ -251,8 +250,7 @@ def test_concurrency_is_bounded_and_used(client_of):
 
 def test_the_budget_is_never_passed_and_what_was_paid_is_kept(client_of, prices, tmp_path):
     """A call is 100 in and 10 out: 0.12 dollars here. The limit falls amid a batch."""
-    counter = TokenCounter(lambda text: 92)  # with 8 for the message: what the server counts
-    settings = {"prices": prices, "counter": counter, "concurrency": 4}
+    settings = {"prices": prices, "counter": lambda messages: 100 * len(messages), "concurrency": 4}
     with FakeEndpoint(echo, latency=0.01) as endpoint:
         with client_of(endpoint, max_usd=1.0, **settings) as client:
             with pytest.raises(BudgetReached, match="of the \\$1 of --max-usd are gone.*run again with a higher"):
@@ -289,9 +287,10 @@ def test_what_is_in_flight_is_set_aside():
 
 def test_lost_answers_count_against_the_budget(client_of, prices):
     """A server that answers and drops the line sends its bill all the same: at most so much was lost."""
-    counter = TokenCounter(lambda text: 92)
     with FakeEndpoint(echo, lambda n, body: "half" if n % 2 == 0 else None) as endpoint:
-        client = client_of(endpoint, max_usd=1.0, prices=prices, counter=counter, concurrency=1)
+        client = client_of(
+            endpoint, max_usd=1.0, prices=prices, counter=lambda messages: 100 * len(messages), concurrency=1
+        )
         with client:
             pytest.raises(BudgetReached, client.ask, requests_of(40))
             assert client.budget.uncertain > 0.3 and client.budget.spent + client.budget.uncertain <= 1.0

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge, chosen, load_prompts, other_language
-from sae_italian.autointerp.llm.calls import TokenCounter
 from sae_italian.base.errors import UsageError
 from tests.autointerp.llm.conftest import MODEL, a_latent, an_example, an_explanation
 from tests.autointerp.llm.endpoint import FakeEndpoint, digits_with_logprobs, passages, stand_in
@@ -119,10 +118,12 @@ def test_a_question_that_gets_no_answer_is_asked_again_by_a_rerun(client_of):
 
 
 def test_examples_are_dropped_from_the_end_until_the_prompt_fits(client_of):
-    counter = TokenCounter(lambda text: len(text.split()))
+    def counter(messages):
+        return sum(len(message["content"].split()) + 8 for message in messages)
+
     with FakeEndpoint() as endpoint:
         explainer = LLMExplainer(client_of(endpoint, counter=counter))
-        whole = counter.messages(explainer.request(a_latent(), a_latent().train).messages)
+        whole = counter(explainer.request(a_latent(), a_latent().train).messages)
         with client_of(endpoint, counter=counter, context_tokens=whole + 160 - 20) as client:
             (explanation,) = LLMExplainer(client).explain(a_latent())
         assert explanation.notes == {"examples": 10, "examples_dropped": 2}

@@ -10,7 +10,7 @@ import pytest
 
 from sae_italian.autointerp.llm.answers import Unusable, distributions, read_explanation, read_numbers
 from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
-from sae_italian.autointerp.llm.calls import BudgetReached, EndpointError, Reply, Request, TokenCounter, TokenLogprobs
+from sae_italian.autointerp.llm.calls import BudgetReached, EndpointError, Reply, Request, TokenLogprobs
 from sae_italian.autointerp.store import Explanation, Store
 from tests.autointerp.llm.conftest import a_latent, an_example, an_explanation
 from tests.autointerp.llm.endpoint import FakeEndpoint
@@ -298,8 +298,8 @@ def test_log_probabilities_that_are_none_give_no_distribution():
 )
 def test_a_usage_that_cannot_be_is_unknown_and_bounded_by_the_estimate(client_of, prices, tmp_path, usage):
     with raw(completion("ok", usage)) as endpoint:
-        counter = TokenCounter(lambda text: 92)
-        client = client_of(endpoint, max_usd=1.0, prices=prices, concurrency=1, counter=counter)
+        settings = {"prices": prices, "concurrency": 1, "counter": lambda messages: 100 * len(messages)}
+        client = client_of(endpoint, max_usd=1.0, **settings)
         with client, pytest.raises(BudgetReached):
             ask(client, 40)
         assert client.budget.spent == 0 and 0.5 < client.budget.uncertain <= 1.0
