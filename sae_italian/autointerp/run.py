@@ -95,8 +95,8 @@ class Run:
             features, explanations = zip(*batch, strict=True)
             self.store.add_explanations(chain.from_iterable(explanations), features)
         for batch in batches("score", self._unscored(EXPLAINER, RULE)):
-            for scores, falls in batch:
-                self.store.add_scores(scores, falls)
+            scores, falls = map(chain.from_iterable, zip(*batch, strict=True))
+            self.store.add_scores(scores, falls)
 
     def _unscored(self, explainer: str, judge: str, draw: int | None = None) -> list[Trio]:
         """Return an explainer's explanations that a judge has not scored, each with the latent's lookup and a stranger's.
@@ -159,10 +159,8 @@ class Run:
 
 def strangers(latents: Sequence[int], seed: int) -> dict[int, int]:
     """Return for each latent another one, at random and each once; nobody keeps its own. {} for fewer than two."""
-    if len(latents) < 2:
-        return {}
     shuffled = np.random.default_rng(seed).permutation(np.asarray(latents)).tolist()
-    return dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True))
+    return dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True)) if len(latents) > 1 else {}
 
 
 # --- the models' own scores, and the untrained control ---------------------------------------------------------------

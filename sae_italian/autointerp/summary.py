@@ -13,7 +13,6 @@ from jaxtyping import Float
 from scipy.stats import rankdata
 
 from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
-from sae_italian.autointerp.database import JSON_COLUMNS, TABLES, json_of
 from sae_italian.autointerp.draws import FUZZING_NEGATIVES, SEGMENT_NEGATIVES
 from sae_italian.autointerp.examples import RULE
 from sae_italian.autointerp.run import NOTHING_SAID
@@ -21,7 +20,7 @@ from sae_italian.autointerp.scorers import SCORERS, falls_name
 from sae_italian.autointerp.scorers.binary import GAIN, GROUPS, HEADLINE
 from sae_italian.autointerp.scorers.budget import BUDGETS, SOURCE
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
-from sae_italian.autointerp.store import NOW, Store
+from sae_italian.autointerp.store import JSON_COLUMNS, NOW, TABLES, Store, json_of
 from sae_italian.autointerp.work import SHUFFLED, TITLE, WHOLE, stored_config
 from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import WandbRun

@@ -151,7 +151,7 @@ def test_a_store_is_read_without_being_written(tmp_path):
 def test_a_store_that_another_process_holds_is_no_broken_one(tmp_path, monkeypatch):
     path = tmp_path / "store.sqlite"
     Store(path, {}).connection.close()
-    monkeypatch.setattr("sae_italian.autointerp.database.BUSY_S", 0.01)
+    monkeypatch.setattr("sae_italian.autointerp.store.BUSY_S", 0.01)
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     with pytest.raises(UsageError, match="cannot be written now: database is locked"):

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp, summarise
-from sae_italian.autointerp.database import insert, unpacked
 from sae_italian.autointerp.draws import ExampleSource
 from sae_italian.autointerp.examples import ConstantJudge
-from sae_italian.autointerp.store import Explanation, Store
+from sae_italian.autointerp.store import Explanation, Store, insert, unpacked
 from sae_italian.autointerp.wording import quoted
 from sae_italian.autointerp.work import Work
 from sae_italian.base import units

@@ -12,8 +12,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from sae_italian.autointerp.database import TABLES, connect, insert
-from sae_italian.autointerp.store import Explanation, Label, Store, forget
+from sae_italian.autointerp.store import TABLES, Explanation, Label, Store, connect, forget, insert
 from sae_italian.autointerp.summary import export, summarise
 from sae_italian.autointerp.work import stored_config
 from sae_italian.base.errors import DataError, UsageError

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import openai
 
-from sae_italian.autointerp.database import connect
 from sae_italian.autointerp.llm import LLMSettings
+from sae_italian.autointerp.store import connect
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import utc_now
 
-NO_ANSWER, TOO_LONG, REJECTED = "no answer", "prompt too long", "rejected"  # begin a status
+TOO_LONG, REJECTED = "prompt too long", "rejected"  # these and NO_ANSWER begin a status
 PRICE_FILE = Path(__file__).parent / "data" / "prices.json"
 CHARACTERS_PER_TOKEN = 3.0
 MESSAGE_TOKENS = 8  # what a chat template adds around a message

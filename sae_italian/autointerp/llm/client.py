@@ -21,6 +21,7 @@ import openai
 
 from sae_italian.autointerp.llm import LLMSettings, calls
 from sae_italian.autointerp.llm.calls import Account, EndpointError, Reply, Request
+from sae_italian.autointerp.store import NO_ANSWER
 from sae_italian.base.errors import UsageError
 
 UNREACHED_ATTEMPTS = 3  # without any response so far: a wrong address is told soon
@@ -120,7 +121,7 @@ class Client:
                 self._ledger.add(key, self.model, request, reply, account)
                 self.count("retries", n=max(0, account.attempts - 1))
                 self.count("asked")
-                failure = "failed" if reply.status.startswith(calls.NO_ANSWER) else "refused"
+                failure = "failed" if reply.status.startswith(NO_ANSWER) else "refused"
                 self.count("answered" if reply.ok else failure, "" if reply.ok else reply.status)
             else:
                 self.count("from ledger")
@@ -168,7 +169,7 @@ class Client:
                 cause, late = error.__cause__ or error, isinstance(error, openai.APITimeoutError)
                 why = calls.sentence_of(f"{type(cause).__name__}: {cause}", self._key)
                 why = f"no answer within {self.settings.timeout:g} s" if late else why
-                return self._failed(calls.NO_ANSWER, why, account)
+                return self._failed(NO_ANSWER, why, account)
             else:
                 account.latency, self._in_vain = time.monotonic() - started, 0
                 reply = calls.reply_of(self._local.body)
@@ -256,7 +257,7 @@ class Client:
         if not busy and _too_long(status, said.lower()):
             return Reply(f"{calls.TOO_LONG}: {why}")
         asks = f", asks to wait {headers['Retry-After']} s" if busy and "Retry-After" in headers else ""
-        return self._failed(calls.NO_ANSWER if busy else calls.REJECTED, why + asks, account)
+        return self._failed(NO_ANSWER if busy else calls.REJECTED, why + asks, account)
 
     def _failed(self, kind: str, why: str, account: Account) -> Reply:
         """Return the reply to a question that came to nothing. Raises: EndpointError where others would fare no better."""
@@ -264,7 +265,7 @@ class Client:
         enough, answered = self._in_vain >= GIVE_UP_AFTER, bool(self.counts["answered"])
         if kind == calls.REJECTED and enough and not answered:
             raise self._stop(f"{self.url} refuses every question ({why}).")
-        if kind == calls.NO_ANSWER and (enough or not answered):
+        if kind == NO_ANSWER and (enough or not answered):
             raise self._stop(
                 f"{self.url} does not answer: {account.attempts} attempts each at {self._in_vain} questions, the last: "
                 f"{why}. What was answered is kept; run again when it is back, or give another --endpoint."

@@ -43,12 +43,6 @@ class Asked:
     answers: dict[str, tuple[Sequence[Example], Verdicts]] = field(default_factory=dict)  # by scorer
     falls: dict[str, list[int | None]] = field(default_factory=dict)  # as the store keeps them
 
-    def rows(self, latent: int, scorer: str, score: Score) -> Iterator[Row]:
-        """Yield a score as rows of the store."""
-        for metric, estimate in score.metrics.items():
-            where = (self.explanation.id, latent, self.control, scorer, self.judge.name, score.negatives, metric)
-            yield (*where, *estimate.finite(), *score[2:5])
-
     def judgements(self, latent: int) -> Iterator[Row]:
         """Yield the judge's answers example by example, as rows of the table `judgement`."""
         for scorer, (examples, (said, known)) in self.answers.items():
@@ -98,8 +92,9 @@ def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> tuple[list[R
         for one, found in score(able, examples) if able else ():
             if one.only or one.control:  # what a control is there for
                 found = found._replace(metrics={metric: found.metrics[metric]})
-            if one.explanation.id:
-                rows += one.rows(examples.latent, name, found)
+            where = (one.explanation.id, examples.latent, one.control, name, one.judge.name, found.negatives)
+            told = found.metrics.items() if one.explanation.id else ()
+            rows += [(*where, metric, *estimate.finite(), *found[2:5]) for metric, estimate in told]
             for of, falls in found.falls.items():
                 if of in found.metrics:
                     which = falls_name(name, found.negatives, of)
