@@ -17,7 +17,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +54,12 @@ PROBLEMS = {  # why an answer cannot be used
 
 
 class Prompts:
-    """The texts of one language. `name` (language and version) and `hash` say which they were."""
+    """The texts of one language, it or en. `name` (language and version) and `hash` say which they were."""
 
-    def __init__(self, texts: dict[str, Any]):
-        self._texts = texts
-        self.language: str = texts["language"]
-        self.name, self.hash = f"{self.language}{texts['version']}", fingerprint(texts)
-        self.answer_key, self.list_key, self.values_key = KEYS[self.language]
+    def __init__(self, language: str):
+        self._texts = texts = yaml.safe_load((FOLDER / f"{language}.yaml").read_text(encoding="utf-8"))
+        self.name, self.hash = f"{language}{texts['version']}", fingerprint(texts)
+        self.answer_key, self.list_key, self.values_key = KEYS[language]
 
     def _messages(self, task: str, user: str) -> Messages:
         texts = self._texts[task]
@@ -122,12 +120,6 @@ def one_line(text: str) -> str:
     return text.replace("\r", " ").replace("\n", " ⏎ ").strip()
 
 
-@lru_cache
-def load_prompts(language: str) -> Prompts:
-    """Return the prompts of a language, it or en."""
-    return Prompts(yaml.safe_load((FOLDER / f"{language}.yaml").read_text(encoding="utf-8")))
-
-
 # --- answers -----------------------------------------------------------------------------------------------------------
 
 
@@ -161,8 +153,10 @@ def read_explanation(reply: Reply) -> str:
     return text
 
 
-def read_numbers(reply: Reply, n: int, top: int) -> Int[np.ndarray, " n"]:
-    """Return n whole numbers from 0 to `top` (yes and no count as 1 and 0 where top is 1). Raises: Unusable."""
+def read_numbers(reply: Reply, n: int, top: int) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"] | None]:
+    """Return n whole numbers from 0 to `top` (yes and no count as 1 and 0 where top is 1), and the expected number in the
+    place of each, None without log-probabilities. Raises: Unusable.
+    """
     text = _answer(reply)
     lines = [line for line in text.splitlines() if len(line) <= LONGEST_LINE]
     found = [re.fullmatch(r"\W*(\d+)\W*[.:)]\W*(\w+)\W*", line) for line in lines]
@@ -172,7 +166,9 @@ def read_numbers(reply: Reply, n: int, top: int) -> Int[np.ndarray, " n"]:
         raise Unusable("json")
     if len(found) != n:
         raise Unusable("count", {"found": len(found), "expected": n})
-    return np.array([_number(one, top) for one in found], dtype=np.int64)
+    values = np.array([_number(one, top) for one in found], dtype=np.int64)
+    spread = None if reply.logprobs is None else distributions(reply.logprobs, values.tolist(), top)
+    return values, None if spread is None else spread @ np.arange(top + 1)
 
 
 def _answer(reply: Reply) -> str:
@@ -254,16 +250,14 @@ def _number(value: Any, top: int) -> int:
     """Return a whole number from 0 to `top`, also of `{"1": 0}`, `"3.0"` and, where top is 1, a yes or no. Raises: Unusable."""
     if isinstance(value, dict):  # in {"passage": 1, "answer": "no"} the one number is not the answer
         value = next(iter(value.values())) if len(value) == 1 else None
-    word = str(value).strip().strip(".").lower() if top == 1 and isinstance(value, bool | str) else ""
-    if word in _YES | _NO:
+    near = isinstance(value, str) or (isinstance(value, int | float) and 0 <= value <= top)
+    text = str(value).strip() if near else ""
+    if top == 1 and (word := text.strip(".").lower()) in _YES | _NO:
         return int(word in _YES)
-    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,4}(\.0{1,4})?\s*", value):
-        value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        value = math.nan
-    if not 0 <= value <= top or value != int(value):
+    whole = re.fullmatch(r"([0-9]{1,4})(\.0{1,4})?", text)
+    if whole is None or int(whole[1]) > top:
         raise Unusable("value", {"allowed": f"0-{top}"})
-    return int(value)
+    return int(whole[1])
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
@@ -271,7 +265,7 @@ def _number(value: Any, top: int) -> int:
 
 def distributions(
     tokens: Sequence[TokenLogprobs], values: Sequence[int], top: int
-) -> list[Float[np.ndarray, " values"]] | None:
+) -> Float[np.ndarray, "numbers values"] | None:
     """Return, for each number of an answer, the probabilities of 0 to `top` in its place, from the tokens' alternatives.
 
     The numbers are looked for in the last list of the answer; None when they do not stand there one by one (so that
@@ -287,7 +281,7 @@ def distributions(
         place = lists[-1].start() + number.start()
         index = int(np.searchsorted(starts, place, side="right")) - 1
         found.append(_distribution(tokens[index], place - int(starts[index]), value, top))
-    return found if np.isfinite(found).all() else None
+    return np.array(found) if np.isfinite(found).all() else None
 
 
 def _distribution(token: TokenLogprobs, inside: int, value: int, top: int) -> Float[np.ndarray, " values"]:

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from sae_italian.autointerp.draws import in_turn
 from sae_italian.autointerp.examples import Example, LatentExamples, Verdicts
 from sae_italian.autointerp.llm import LLMSettings
 from sae_italian.autointerp.llm.answers import (
     PROBLEMS,
+    Prompts,
     Unusable,
-    distributions,
-    load_prompts,
     read_explanation,
     read_numbers,
 )
@@ -42,7 +41,6 @@ UNLIKELY = 0.05  # a text is in another language when the wanted one is less pro
 _DECIDING = ("language", "shown", "n_shown", "promoted", "context_tokens", "sampling")
 STRONGEST = 10  # of a simulated token
 ANSWER_TOKENS, NUMBER_TOKENS = 24, 4  # around the numbers of an answer, and for each of them
-Numbers = tuple[Int[np.ndarray, " n"], list[Float[np.ndarray, " values"]] | None]
 
 
 # --- asking, and asking once more -------------------------------------------------------------------------------------
@@ -71,7 +69,7 @@ class Asker:
 
     def __init__(self, client: Client | DryClient):
         self.client, self.config, self.concurrency = client, client.settings, client.concurrency
-        self.prompts = load_prompts(self.config.language)
+        self.prompts = Prompts(self.config.language)
         self.name = f"llm:{client.model}:{self.prompts.name}"
         self.prompt = f"{self.prompts.name}-{self.prompts.hash}"
 
@@ -156,8 +154,7 @@ class LLMExplainer(Asker):
 
     def request(self, examples: LatentExamples, shown: Sequence[Example]) -> Request:
         """Return the question about a latent with these of its examples."""
-        promoted = examples.promoted if self.config.promoted else ()
-        messages = self.prompts.explain(shown, examples.maximum, promoted)
+        messages = self.prompts.explain(shown, examples.maximum, examples.promoted if self.config.promoted else ())
         return Request(messages, "explain", EXPLANATION_TOKENS, schema(self.prompts.answer_key))
 
 
@@ -213,9 +210,9 @@ class LLMJudge(Asker):
             asked = [(self.prompts.judge(question, text, own), len(own)) for own in shown]
             answers = self._numbers(asked, question, self.prompts.list_key, 1)
             for batch, one in zip(batches, answers, strict=True):
-                said[batch], spread = one.value or (UNANSWERED if one.again else -1, None)
-                if spread is not None:
-                    probability[batch] = [weights[1] for weights in spread]
+                said[batch], expected = one.value or (UNANSWERED if one.again else -1, None)
+                if expected is not None:
+                    probability[batch] = expected
         known = np.isfinite(probability[said >= 0])  # where one answer has none there is no ranking of all
         return Verdicts(said, probability if len(known) and known.all() else None)
 
@@ -226,27 +223,21 @@ class LLMJudge(Asker):
 
         No usable answer is None, and -2 as in `detect` where a rerun asks again.
         """
-        text, levels = explanation.text(self.config.language), np.arange(STRONGEST + 1)
+        text = explanation.text(self.config.language)
         asked = [(self.prompts.simulate(text, example), len(example.tokens)) for example in examples]
         simulated: list[Float[np.ndarray, " tokens"] | int | None] = []
         for one in self._numbers(asked, "simulation", self.prompts.values_key, STRONGEST):
-            values, spread = one.value or (UNANSWERED if one.again else None, None)
-            simulated.append(values if spread is None else np.array([weights @ levels for weights in spread]))
+            values, expected = one.value or (UNANSWERED if one.again else None, None)
+            simulated.append(values if expected is None else expected)
         return simulated
 
     def _numbers(self, asked: Sequence[tuple[Messages, int]], purpose: str, key: str, top: int) -> list[Answer]:
-        """Return the answers to questions for so many numbers each; their values are `Numbers`."""
+        """Return the answers to questions for so many numbers each, as `read_numbers` reads them."""
         requests = [
             Request(messages, purpose, ANSWER_TOKENS + NUMBER_TOKENS * n, schema(key, n, top), logprobs=True)
             for messages, n in asked
         ]
-        return self.answers(requests, [partial(_numbers_of, n=n, top=top) for _, n in asked])
-
-
-def _numbers_of(reply: Reply, n: int, top: int) -> Numbers:
-    """Return n numbers and their distributions, None where the reply has none. Raises: Unusable."""
-    values = read_numbers(reply, n, top)
-    return values, None if reply.logprobs is None else distributions(reply.logprobs, values.tolist(), top)
+        return self.answers(requests, [partial(read_numbers, n=n, top=top) for _, n in asked])
 
 
 # --- a language model beside the rules -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One call of a language model: the question, what came back, what it cost, and the ledger of them all, which answers a rerun."""
+"""One call of a language model: the question, what came back, and what it cost."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import openai
 
 from sae_italian.autointerp.llm import LLMSettings
-from sae_italian.autointerp.store import connect
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import utc_now
 
 TOO_LONG, REJECTED = "prompt too long", "rejected"  # these and NO_ANSWER begin a status
 PRICE_FILE = Path(__file__).parent / "data" / "prices.json"
@@ -87,37 +85,6 @@ class Account:
     lost: bool = False  # whether the last attempt may have been billed without its bill being known
 
 
-ADD_CALL = """INSERT OR REPLACE INTO call
-    SELECT :key, :model, :purpose, :status, :reply, :tokens_in, :tokens_cached, :tokens_out, :usd,
-           :usd_uncertain + total(usd_uncertain), :latency, :attempts + coalesce(sum(attempts), 0), :created
-    FROM call WHERE request_hash = :key"""
-
-
-class Ledger:
-    """The table `call` of a store. A reply is on disk, through a power cut too, before anybody reads it. For any thread."""
-
-    def __init__(self, path: Path):
-        self._connection, self._lock = connect(path, durable=True), threading.Lock()
-
-    def find(self, key: str) -> Reply | None:
-        """Return the answer kept under a key, if there is one; failures are asked again."""
-        query = "SELECT reply FROM call WHERE request_hash = ? AND status = 'ok'"
-        with self._lock:
-            row = self._connection.execute(query, (key,)).fetchone()
-        return None if row is None else Reply("ok", **json.loads(row[0]))
-
-    def add(self, key: str, model: str, request: Request, reply: Reply, account: Account) -> None:
-        """Keep a reply; it takes the place of an earlier failure, whose attempts and uncertain cost are added."""
-        kept = {name: value for name, value in reply._asdict().items() if name != "status"}
-        text = json.dumps(kept, ensure_ascii=False) if reply.ok else None
-        told = {"key": key, "model": model, "purpose": request.purpose, "status": reply.status, "reply": text}
-        with self._lock, self._connection:
-            self._connection.execute(ADD_CALL, asdict(account) | told | {"created": utc_now()})
-
-    def close(self) -> None:
-        self._connection.close()
-
-
 # --- a server's body, whatever stands in it ---------------------------------------------------------------------------
 
 
@@ -159,9 +126,10 @@ def usage_of(body: dict[str, Any], most_in: int, most_out: int) -> tuple[int | N
     """Return the tokens in, cached and out that a server counted; None for what no such question can have."""
     usage = _dict(body.get("usage"))
     cached = _dict(usage.get("prompt_tokens_details")).get("cached_tokens")
-    counted = (usage.get("prompt_tokens"), most_in), (cached, most_in), (usage.get("completion_tokens"), most_out)
-    tokens_in, cached, tokens_out = (n if type(n) is int and 0 <= n <= most else None for n, most in counted)
-    return tokens_in, None if (cached or 0) > (tokens_in or 0) else cached, tokens_out
+    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    counted = (read, most_in), (cached, most_in), (written, most_out)
+    read, cached, written = (n if type(n) is int and 0 <= n <= most else None for n, most in counted)
+    return read, None if (cached or 0) > (read or 0) else cached, written
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -210,9 +178,8 @@ def price_of(settings: LLMSettings) -> Price | None:
     file, model = settings.prices or PRICE_FILE, settings.llm_model
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
-        if model in table.get("free", ()):
-            return Price(0.0, 0.0, 0.0, f"prices of {table['version']}, free in {file.name}")
-        if (entry := table["models"].get(model)) is None:
+        free = {"in": 0, "out": 0, "source": f"free in {file.name}"} if model in table.get("free", ()) else None
+        if (entry := free or table["models"].get(model)) is None:
             return None
         figures = (float(entry["in"]), float(entry["out"]), float(entry.get("cached", entry["in"])))
         source = f"prices of {entry.get('date', table['version'])}, {entry.get('source', file.name)}"
@@ -233,7 +200,8 @@ def token_counter(settings: LLMSettings) -> Callable[[Sequence[Mapping[str, str]
     tokenizer = load_tokenizer(settings.llm_tokenizer) if settings.llm_tokenizer else None
 
     def count(text: str) -> int:
-        return len(tokenizer(text)["input_ids"]) if tokenizer else math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+        approximate = math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+        return len(tokenizer(text)["input_ids"]) if tokenizer else approximate
 
     return lambda messages: sum(count(message["content"]) + MESSAGE_TOKENS for message in messages)
 
@@ -320,7 +288,8 @@ class DryClient:
         tokens in are the same in every call of a kind, so that a server may have them cached; `usd_at_most` is for answers
         as long as they may be, and everything asked twice (repairs); `of_random` latents are the random SAE's.
         """
-        scale, price, tokenizer = latents / max(1, sampled), price_of(self.settings), self.settings.llm_tokenizer
+        scale, price = latents / max(1, sampled), price_of(self.settings)
+        tokenizer = self.settings.llm_tokenizer
         sums = [round(scale * sum(column)) for column in zip(*self.asked.values(), strict=True)] or [0] * 4
         return {
             "model": self.model,

@@ -7,12 +7,14 @@ end where no answer is to be had. `ask` may be called from several threads at on
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import openai
 
 from sae_italian.autointerp.llm import LLMSettings, calls
 from sae_italian.autointerp.llm.calls import Account, EndpointError, Reply, Request
-from sae_italian.autointerp.store import NO_ANSWER
+from sae_italian.autointerp.store import NO_ANSWER, connect
 from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import utc_now
 
 UNREACHED_ATTEMPTS = 3  # without any response so far: a wrong address is told soon
 GIVE_UP_AFTER = 3  # questions in a row that came to nothing
@@ -39,6 +42,12 @@ OPTIONAL = {
     # sent at the head of the first question instead: the templates of Gemma and of older Mistral models have no such role
     "system": (("messages",), ("system role", "system message", "only user and assistant", "must alternate")),
 }
+# The ledger is the table `call` of a store; failures are asked again.
+FIND_CALL = "SELECT reply FROM call WHERE request_hash = ? AND status = 'ok'"
+ADD_CALL = """INSERT OR REPLACE INTO call
+    SELECT :key, :model, :purpose, :status, :reply, :tokens_in, :tokens_cached, :tokens_out, :usd,
+           :usd_uncertain + total(usd_uncertain), :latency, :attempts + coalesce(sum(attempts), 0), :created
+    FROM call WHERE request_hash = :key"""
 HOPELESS = {  # statuses that no later question will fare better with
     401: "refuses the key",
     402: "wants to be paid",
@@ -83,7 +92,7 @@ class Client:
         # Without a key nothing of the environment (OPENAI_API_KEY, the Hub's token) may reach the server.
         where = {"base_url": self.url, "api_key": self._key or "none", "timeout": self.settings.timeout}
         self._openai = openai.OpenAI(**where, http_client=_Http(self._attempt, self.settings.timeout))
-        self._ledger = calls.Ledger(self._ledger_path)
+        self._ledger = connect(self._ledger_path, durable=True)  # paid answers survive a power cut
         self._pool = ThreadPoolExecutor(self.concurrency, "llm")
         return self
 
@@ -113,12 +122,12 @@ class Client:
     def _one(self, request: Request, key: str) -> Reply:
         """Return the kept answer, or ask and keep it."""
         try:
-            reply = self._ledger.find(key)
+            reply = self._kept(key)
             if reply is None:
-                most = self.price.usd(self.counter(request.messages), request.max_tokens) if self.price else 0.0
-                account = Account(most)
+                tokens = self.counter(request.messages)
+                account = Account(self.price.usd(tokens, request.max_tokens) if self.price else 0.0)
                 reply = self._asked(request, account)
-                self._ledger.add(key, self.model, request, reply, account)
+                self._keep(key, request, reply, account)
                 self.count("retries", n=max(0, account.attempts - 1))
                 self.count("asked")
                 failure = "failed" if reply.status.startswith(NO_ANSWER) else "refused"
@@ -132,6 +141,20 @@ class Client:
         finally:
             with self._lock:
                 del self._pending[key]
+
+    def _kept(self, key: str) -> Reply | None:
+        with self._lock:
+            row = self._ledger.execute(FIND_CALL, (key,)).fetchone()
+        return None if row is None else Reply("ok", **json.loads(row[0]))
+
+    def _keep(self, key: str, request: Request, reply: Reply, account: Account) -> None:
+        """Keep a reply; it takes the place of an earlier failure, whose attempts and uncertain cost are added."""
+        kept = {name: value for name, value in reply._asdict().items() if name != "status"}
+        text = json.dumps(kept, ensure_ascii=False) if reply.ok else None
+        asked = {"key": key, "model": self.model, "purpose": request.purpose}
+        answered = {"status": reply.status, "reply": text, "created": utc_now()}
+        with self._lock, self._ledger:
+            self._ledger.execute(ADD_CALL, asdict(account) | asked | answered)
 
     def count(self, name: str, why: str = "", n: int = 1) -> None:
         """Count what became of a question or an answer, and why."""
@@ -251,7 +274,8 @@ class Client:
             )
         if status in HOPELESS:
             raise self._stop(
-                f"{self.url}: the endpoint {HOPELESS[status]} ({why}). Check --endpoint, --llm-model and the key's variable."
+                f"{self.url}: the endpoint {HOPELESS[status]} ({why}). "
+                "Check --endpoint, --llm-model and the key's variable."
             )
         busy = status in (408, 409, 429) or status >= 500 and status != 501
         if not busy and _too_long(status, said.lower()):

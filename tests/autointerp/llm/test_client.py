@@ -19,7 +19,6 @@ from sae_italian.autointerp.llm.calls import (
     Budget,
     BudgetReached,
     EndpointError,
-    Ledger,
     Request,
     price_of,
 )
@@ -391,10 +390,9 @@ def test_six_kills_pay_at_most_for_the_calls_in_flight(tmp_path):
     assert rows(out.with_suffix(".calls.sqlite"), "SELECT count(*) FROM call WHERE status = 'ok'") == [(80,)]
 
 
-def test_a_paid_answer_survives_a_power_cut(tmp_path):
-    ledger = Ledger(tmp_path / "store.sqlite")
-    assert ledger._connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: on the disk before it returns
-    ledger.close()
+def test_a_paid_answer_survives_a_power_cut(client_of):
+    with client_of("http://x/v1") as client:
+        assert client._ledger.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: on the disk before it returns
 
 
 def test_ten_thousand_judgements_with_a_fifth_of_faults(client_of, tmp_path):

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge, chosen, load_prompts, other_language
+from sae_italian.autointerp.llm.answers import Prompts
+from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge, chosen, other_language
 from sae_italian.base.errors import UsageError
 from tests.autointerp.llm.conftest import MODEL, a_latent, an_example, an_explanation
 from tests.autointerp.llm.endpoint import FakeEndpoint, digits_with_logprobs, passages, stand_in
@@ -46,7 +47,7 @@ def test_an_explanation_end_to_end(client_of):
         "",
     )
     assert (explanation.rule, explanation.kind, explanation.notes) == (None, "llm", {"examples": 12})
-    assert explanation.prompt == f"it1-{load_prompts('it').hash}"
+    assert explanation.prompt == f"it1-{Prompts('it').hash}"
     assert "1. la <<pera>> numero 11 è rossa\n   Forza: «pera» 10" in prompt[-1]["content"]
     assert "12. la <<pera>> numero 0 è rossa\n   Forza: «pera» 1" in prompt[-1]["content"]
     assert "rossa»" not in prompt[-1]["content"]  # what it promotes is not asked for
@@ -243,7 +244,7 @@ def test_explainer_and_judge_say_what_they_depend_on(client_of):
 @pytest.mark.parametrize("language", ["it", "en"])
 def test_the_worked_examples_keep_to_the_form_they_teach(language):
     """Every answer in the prompts is readable, and as long as its question."""
-    prompts = load_prompts(language)
+    prompts = Prompts(language)
     for task in ("detection", "fuzzing", "simulation"):
         key = prompts.values_key if task == "simulation" else prompts.list_key
         for shot in prompts._texts[task]["shots"]:

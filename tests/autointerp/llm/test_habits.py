@@ -95,7 +95,7 @@ def test_the_last_complete_answer_after_any_thinking_counts(text):
     assert read_explanation(Reply("ok", text)) == "verbi al futuro"
     numbers = text.replace(GOOD, '{"risposte": [1, 0, 1]}').replace(DRAFT, "[1, 1, 1]")
     if "verbi" not in numbers:
-        assert read_numbers(Reply("ok", numbers), 3, 1).tolist() == [1, 0, 1]
+        assert read_numbers(Reply("ok", numbers), 3, 1)[0].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
