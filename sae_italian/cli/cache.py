@@ -16,7 +16,7 @@ from sae_italian.autointerp.llm import LLMOptions, LLMSettings
 from sae_italian.autointerp.llm.askers import LLMExplainer, estimate_beside, run_beside
 from sae_italian.autointerp.llm.calls import DryClient
 from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER, score_with_models
-from sae_italian.autointerp.scorers.subject import N_GRAMS, Encoder, EncoderJudge, n_grams, named, subject_judge
+from sae_italian.autointerp.scorers.subject import N_GRAMS, Encoder, EncoderJudge, n_grams, subject_judge
 from sae_italian.autointerp.summary import means, means_table
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import table
@@ -259,13 +259,14 @@ def _scored(
     explainer = LLMExplainer(DryClient(settings)).name if settings.explainer == "llm" else EXPLAINER
     given, judges, language = name or str(cache.manifest.model), [], settings.language
     tokenizer = sae_italian.load_tokenizer(given)
+    read = "" if language == "it" else f":{language}"  # one that reads another language has scores of its own
     if encoder is not None:
         encoders = {N_GRAMS: n_grams} | ({f"encoder {encoder}": Encoder(encoder)} if str(encoder) != N_GRAMS else {})
-        judges += [EncoderJudge(encode, language, named(judge, language)) for judge, encode in encoders.items()]
+        judges += [EncoderJudge(encode, language, judge + read) for judge, encode in encoders.items()]
     twin, twins = cache.folder / TWIN_FOLDER, list(judges)  # the subject model has the SAE's directions
     if subject:
         model = model_of(sae_italian.load_sae(cache.manifest.sae), given)
-        judges.append(replace(subject_judge(cache, model), language=language, name=named("subject", language)))
+        judges.append(replace(subject_judge(cache, model), language=language, name=f"subject{read}"))
     score_with_models(cache, tokenizer, store, judges, latents=n_scored, explainer=explainer)
     if twins and (twin / STORE_FILE).is_file():
         with suppress(UsageError):  # a twin that this explainer has explained nothing of is no control

@@ -53,22 +53,15 @@ class Asked:
                 yield *where, example.first, example.negatives or "", yes, p if p == p else None
 
 
-class Scorer(NamedTuple):
-    """A function that scores, what it needs of a judge, and the metric that a table shows of it."""
-
-    score: Callable[[Sequence[Asked], LatentExamples], Iterator[tuple[Asked, Score]]]
-    needs: str
-    metric: str
-
-
-SCORERS: dict[str, Scorer] = {}
+SCORERS: dict[str, Any] = {}  # functions that score, each with its `needs` and its `metric`
 
 
 def scorer(*, needs: str, metric: str) -> Callable[[Any], Any]:
-    """Enter a function into the scorers under its own name."""
+    """Enter a function into the scorers under its own name, with what it needs of a judge and the metric that tables show."""
 
     def enter(function: Any) -> Any:
-        SCORERS[function.__name__] = Scorer(function, needs, metric)
+        function.needs, function.metric = needs, metric
+        SCORERS[function.__name__] = function
         return function
 
     return enter
@@ -86,21 +79,25 @@ def score_rows(asked: Sequence[Asked], examples: LatentExamples) -> tuple[list[R
     the same examples and the same resamples, so that explanations compare in pairs. The latent's own comes first.
     """
     rows: list[Row] = []
-    for name, (score, needs, metric) in SCORERS.items():
+    latent = examples.latent
+    for name, score in SCORERS.items():
         wanted = (one for one in asked if name in (one.only or getattr(one.judge, "scores", SCORERS)))
-        able = [one for one in wanted if hasattr(one.judge, needs)]
+        able = [one for one in wanted if hasattr(one.judge, score.needs)]
         for one, found in score(able, examples) if able else ():
             if one.only or one.control:  # what a control is there for
-                found = found._replace(metrics={metric: found.metrics[metric]})
-            where = (one.explanation.id, examples.latent, one.control, name, one.judge.name, found.negatives)
+                found = found._replace(metrics={score.metric: found.metrics[score.metric]})
+            where = (one.explanation.id, latent, one.control, name, one.judge.name, found.negatives)
             told = found.metrics.items() if one.explanation.id else ()
             rows += [(*where, metric, *estimate.finite(), *found[2:5]) for metric, estimate in told]
             for of, falls in found.falls.items():
                 if of in found.metrics:
                     which = falls_name(name, found.negatives, of)
                     one.falls[which] = [None if fall != fall else round(1000 * fall) for fall in falls]
-    known = (one for one in asked if one.falls and one.explanation.id)
-    return rows, [(one.explanation.id, examples.latent, one.control, one.judge.name, one.falls) for one in known]
+    return rows, [
+        (one.explanation.id, latent, one.control, one.judge.name, one.falls)
+        for one in asked
+        if one.falls and one.explanation.id
+    ]
 
 
 for _module in iter_modules(__path__):

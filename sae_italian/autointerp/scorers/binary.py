@@ -99,11 +99,14 @@ def ranking(
     for one, strength in zip(asked, strengths, strict=True):
         for source, sides in shown.questions.items():
             rows, truth = np.concatenate(sides), np.repeat([True, False], [len(side) for side in sides])
-            yield one, ranked(source, np.asarray(strength, dtype=np.float64)[rows], truth, shown.document[rows])
+            yield one, ranked(source, np.asarray(strength)[rows], truth, shown.document[rows])
 
 
 def ranked(
-    source: str, strength: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], document: Int[np.ndarray, " n"]
+    source: str,
+    strength: Float[np.ndarray, " n"],
+    truth: Bool[np.ndarray, " n"],
+    document: Int[np.ndarray, " n"],
 ) -> Score:
     """Return AUROC of the strengths of a source's examples; NaN strengths count as failed."""
     known = np.isfinite(strength)

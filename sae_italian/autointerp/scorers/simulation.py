@@ -41,7 +41,9 @@ def simulation(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tup
 
 
 def correlated(
-    true: Float[np.ndarray, " tokens"], simulated: Float[np.ndarray, " tokens"], docs: Int[np.ndarray, " tokens"]
+    true: Float[np.ndarray, " tokens"],
+    simulated: Float[np.ndarray, " tokens"],
+    docs: Int[np.ndarray, " tokens"],
 ) -> tuple[dict[str, Estimate], Fall]:
     """Return `correlation` with its interval over documents, and its falls without a group of these.
 
@@ -57,8 +59,12 @@ def correlated(
         variance = aa / n - (a / n) ** 2, ss / n - (s / n) ** 2
         # differences of rounding size are no variance
         defined = (variance[0] > 1e-9 * aa / n) & (variance[1] > 1e-9 * ss / n)
-        r = np.where(defined, (cross / n - a * s / n**2) / np.sqrt(variance[0] * variance[1]), 0.0).clip(-1, 1)
-    own, left = np.split(r, [1 + len(documents)])  # all and without each document; all and without each group
-    found = Estimate(*correlations_by_document(own[None])[:, 0].tolist()) if defined[0] else NOTHING._replace(value=0.0)
-    metrics = {"correlation": found, "constant": NOTHING._replace(value=float(not defined[0]))}
+        r = (cross / n - a * s / n**2) / np.sqrt(variance[0] * variance[1])
+    r = np.where(defined, r, 0.0).clip(-1, 1)
+    own, left = np.split(r, [1 + len(documents)])  # each: all, then without a document, or without a group
+    found = Estimate(*correlations_by_document(own[None])[:, 0].tolist())
+    metrics = {
+        "correlation": found if defined[0] else NOTHING._replace(value=0.0),
+        "constant": NOTHING._replace(value=float(not defined[0])),
+    }
     return metrics, falls_of(left, n[len(own) :])

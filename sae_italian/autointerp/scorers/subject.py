@@ -319,11 +319,6 @@ def example_embedding(asked: Sequence[Asked], examples: LatentExamples) -> Itera
         yield one, ranked(source, near - far, truth, document)
 
 
-def named(judge: str, language: Language) -> str:
-    """Return the name of a judge that reads explanations in a language: the other one's scores are not its own."""
-    return judge if language == "it" else f"{judge}:{language}"
-
-
 def n_grams(texts: Sequence[str]) -> Float[np.ndarray, "texts d"]:
     """Return the texts' character n-grams, weighted by how rare they are in these texts."""
     from sklearn.feature_extraction.text import TfidfVectorizer
