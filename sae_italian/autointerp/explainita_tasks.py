@@ -204,9 +204,7 @@ def evaluate_sequences(predicted: Sequence[Latent], gold: Sequence[Latent]) -> d
     if everything and all(one.strengths is None and not one.activating for one in everything):
         raise UsageError("the gold file is the test split with its labels hidden (activations -1, none activating).")
     labels = [_labels(*both) for both in zip(ours, theirs, strict=True)]
-    counts = [
-        [(yes & true).sum(), (~yes & true).sum(), (yes & ~true).sum(), (~yes & ~true).sum()] for yes, true in labels
-    ]
+    counts = [[(said & kind).sum() for kind in (true, ~true) for said in (yes, ~yes)] for yes, true in labels]
     sums = np.array(counts, dtype=np.float64).reshape(-1, 4)
     metrics = {name: bootstrap(sums, lambda total, name=name: _rates(total)[name]) for name in _rates(sums)}
     both = (sums[:, :2].sum(1) > 0) & (sums[:, 2:].sum(1) > 0)
@@ -268,8 +266,9 @@ def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
     for latent in latents:
         if latent.index >= width:
             raise UsageError(f"{latent.id} is not a latent of this SAE, which has {width}. Give the released one.")
-        known = [(one.strengths, token_ids(tokenizer, one)) for one in latent.sequences if one.strengths is not None]
-        aligned = [(strengths, ids) for strengths, ids in known if ids is not None]
+        known = [one for one in latent.sequences if one.strengths is not None]
+        both = [(one.strengths, token_ids(tokenizer, one)) for one in known]
+        aligned = [(strengths, ids) for strengths, ids in both if strengths is not None and ids is not None]
         n_known, n_aligned = n_known + len(known), n_aligned + len(aligned)
         stored = np.concatenate([np.empty(0), *(strengths for strengths, _ in aligned)])
         for name, prefix in prefixes.items() if stored.any() else ():

@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.examples import RULE, Explainer, Judge, LatentExamples
 from sae_italian.autointerp.scorers import Asked, score_rows
-from sae_italian.autointerp.store import Explanation, Row, Store
+from sae_italian.autointerp.store import NO_ANSWER, Explanation, Row, Store
 from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Trio, Work, cache_identity, do_batch, stored_config
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
@@ -90,7 +90,7 @@ class Run:
                     bar.update(len(result))
                     yield result
 
-        done = self.store.explained(EXPLAINER)
+        done = self.store.explanations(EXPLAINER)
         for batch in batches("explain", [(n,) for n in self.work.latents if n not in done]):
             features, explanations = zip(*batch, strict=True)
             self.store.add_explanations(chain.from_iterable(explanations), features)
@@ -113,7 +113,8 @@ class Run:
     def explain_with(self, explainer: Explainer) -> None:
         """Explain with another explainer the latents that have a rule; the others keep their status under its name."""
         self._claim(explainer)
-        rules, done = self.store.explanations(EXPLAINER), self.store.explained(explainer.name)
+        rules, known = self.store.explanations(EXPLAINER), self.store.explanations(explainer.name)
+        done = {latent for latent, explanation in known.items() if explanation.status != NO_ANSWER}
         left = {latent: rule for latent, rule in rules.items() if latent not in done}
         unexplained = [rule._replace(explainer=explainer.name) for rule in left.values() if rule.status != "ok"]
         self.store.add_explanations(unexplained)

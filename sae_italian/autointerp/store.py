@@ -7,7 +7,7 @@ import sqlite3
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -17,13 +17,12 @@ from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 NO_ANSWER = "no answer"  # status of what the endpoint failed on or refused: a rerun asks again
 UNANSWERED = -2  # what a judge `said` where the endpoint failed: a rerun judges the latent again
 Row = Sequence[Any]  # of a table, a value for each column
-ScoreName = tuple[str, ...]  # control, scorer, negatives and metric
 NOW = "@now"  # ends the explainer's name of what was made on demand (work.py), which belongs to no run
 # Kept as SQLite's own user_version: 0 before the first release, 1 before rules said which keys they tell, 2 before names were
 # kept by number.
 SCHEMA_VERSION = 3
 TABLES = ("run", "feature", "explanation", "score", "falls", "judgement", "call", "label")
-JSON_COLUMNS = ("rule", "notes", "falls", "reply")
+JSON_COLUMNS = {"rule", "notes", "falls", "reply"}
 BUSY_S = 60  # a second connection (the call ledger) waits this long for the first one's commit
 LONG = 500  # characters of JSON from which it is kept compressed: a rule's takes a third then
 _ELSEWHERE = {  # primary result codes of what is wrong with the folder or another process
@@ -150,11 +149,11 @@ class Store:
 
     def explanations_of(self, latent: int) -> dict[str, Explanation]:
         """Return the explanations of one latent by explainer."""
-        return {found.explainer: found for found in self._explanations("latent = ? ORDER BY id", latent)}
+        return {one.explainer: one for one in self._explanations("latent = ? ORDER BY id", latent)}
 
     def explanations(self, explainer: str) -> dict[int, Explanation]:
         """Return one explainer's explanations by latent."""
-        return {found.latent: found for found in self._explanations("explainer = ? ORDER BY latent", explainer)}
+        return {one.latent: one for one in self._explanations("explainer = ? ORDER BY latent", explainer)}
 
     def _explanations(self, which: str, value: Any) -> Iterator[Explanation]:
         query = f"SELECT * FROM explanation WHERE {which}"
@@ -162,11 +161,6 @@ class Store:
             found = Explanation._make([*values, number])
             rule, notes = (unpacked(kept, number, "explanation") for kept in (found.rule, found.notes))
             yield found._replace(rule=rule, notes=notes)
-
-    def explained(self, explainer: str) -> set[int]:
-        """Return the latents that this explainer is done with."""
-        query = "SELECT latent FROM explanation WHERE explainer = ? AND status != ?"
-        return {latent for (latent,) in self.connection.execute(query, (explainer, NO_ANSWER))}
 
     def explainers(self) -> list[str]:
         """Return the names that explanations are kept under, in the order of their first one."""
@@ -197,10 +191,11 @@ class Store:
             insert(self.connection, "falls", falls)
             insert(self.connection, "judgement", judged)
 
-    def scores(self, explainer: str, judge: str) -> dict[ScoreName, dict[int, Any]]:
-        """Return value and lower end by name and latent of all scores of one explainer's texts by one judge.
+    def scores(self, explainer: str, judge: str) -> dict[tuple[str, ...], dict[int, Any]]:
+        """Return value and lower end of all scores of one explainer's texts by one judge, by name and latent.
 
-        None is what could not be scored, or has no interval. A rule's score and an LLM's are different: never both at once.
+        A name is control, scorer, negatives and metric. None is what could not be scored, or has no interval. A rule's score
+        and an LLM's are different: never both at once.
         """
         # by the words' numbers: SQLite may run through the table once for each word that the view puts in their place
         query = """SELECT control, scorer, negatives, metric, latent, value, lo FROM score_by_number
@@ -307,17 +302,15 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
 @contextmanager
 def _opened(path: Path, mode: str, doing: str) -> Iterator[sqlite3.Connection]:
     """Open a file for what is done with it first; where that fails nothing stays open. Raises: as `connect`."""
-    connection = None
+    address = f"file:{quote(str(path.resolve()))}?mode={mode}"
     try:
-        address = f"file:{quote(str(path.resolve()))}?mode={mode}"
-        # the call ledger is opened in one thread and used in others, never in two at once
-        connection = sqlite3.connect(address, BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
-        yield connection
-    except (sqlite3.DatabaseError, UnicodeDecodeError, UsageError) as error:
-        if connection is not None:
-            connection.close()
-        if isinstance(error, UsageError):
-            raise
+        with ExitStack() as stack:
+            # the call ledger is opened in one thread and used in others, never in two at once
+            connection = sqlite3.connect(address, BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
+            stack.callback(connection.close)
+            yield connection
+            stack.pop_all()
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise problem(path, error, doing) from error
 
 
@@ -375,7 +368,7 @@ def unpacked(kept: Any, row: Any, table: str) -> Any:
         raise sqlite3.DatabaseError(f"row {row} of {table} is damaged: {error}") from error
 
 
-def insert(connection: sqlite3.Connection, table: str, rows: Iterable[Sequence[Any]], *, replace: bool = False) -> None:
+def insert(connection: sqlite3.Connection, table: str, rows: Iterable[Row], *, replace: bool = False) -> None:
     """Insert rows, a value for each column; with `replace` in the place of those with the same key."""
     if every := list(rows):
         verb, places = "INSERT OR REPLACE" if replace else "INSERT", ", ".join("?" * len(every[0]))

@@ -63,7 +63,8 @@ def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE
     detected, looked_up = own.values("detection"), lookup.values("detection")
     better = {latent for latent, lo in own.values("detection", "", GAIN, end=1).items() if lo > 0}
     # not told from the lookup where the interval of the gain reaches below 0
-    no_better = [0.0 if latent in better else looked_up[latent] for latent in detected if latent in looked_up]
+    both = [latent for latent in detected if latent in looked_up]
+    no_better = [0.0 if latent in better else looked_up[latent] for latent in both]
     return AutointerpSummary(
         explainer=explainer,
         judge=judge,
@@ -72,7 +73,8 @@ def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE
         n_scored=len(detected),
         n_too_few=statuses.count("too few activations"),
         n_dead=statuses.count("dead"),
-        **{name: own.mean(name) for name in _LED},  # of simulation the correlation, strongest and random segments
+        # of simulation the correlation, strongest and random segments
+        **{name: own.mean(name) for name in _LED},
         simulation_random=own.mean("simulation", RANDOM),  # random segments alone
         share_detected=_share(detected.values()),  # detection balanced accuracy of 0.8 or more
         **{f"shuffled_{name}": own.mean(name, control=SHUFFLED) for name in _LED},
@@ -88,11 +90,13 @@ def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE
         whole_saved_bits=own.mean("budget", control=WHOLE),
         title_detection=own.mean("detection", control=TITLE),  # of the titles, 60 characters at most
         gain_over_lookup=own.mean("detection", lookup=lookup),  # mean of the paired differences
-        only_token=_share(no_better),  # share that the lookup detects and the explanation explains no better
+        # share that the lookup detects and the explanation explains no better
+        only_token=_share(no_better),
         **{name: scores.mean("detection") for name, scores in always.items()},
         by_negatives=own.by_source(),  # scorer -> negatives -> mean balanced accuracy
         gains=own.by_source(lookup),  # scorer -> negatives -> mean gain over the lookup
-        by_decile=[own.mean("detection", "", f"tpr_decile_{tenth}") for tenth in range(10)],  # weakest tenth first
+        # mean share of positives found, weakest tenth first
+        by_decile=[own.mean("detection", "", f"tpr_decile_{tenth}") for tenth in range(10)],
         by_document=all(scores.known for scores in (own, lookup, *always.values())),
         enough=enough,  # at least 300 latents were drawn at random, or all there are
     )
@@ -195,6 +199,7 @@ def means(path: Path, explainer: str, judges: Sequence[str], twin: Path | None =
         for which in sorted(told, key=lambda each: (order.index(each[0]), each[1])):
             found = scores.values(*which)
             pairs = [(found[latent], detected[latent]) for latent in sorted(found.keys() & detected.keys())]
+            ranks = rankdata(pairs or np.empty((0, 2)), axis=0)
             theirs = of_twin.get((judge, *which), NOTHING.as_dict())
             row: dict[str, Any] = {
                 "judge": judge,
@@ -205,7 +210,7 @@ def means(path: Path, explainer: str, judges: Sequence[str], twin: Path | None =
                 # texts longer than the context, divergences out of reach
                 "n_failed": len(scores.found.get(("", *_whole(*which)), ())) - len(found),
                 **scores.mean(*which).as_dict(),
-                "rank_with_detection": correlation(*rankdata(pairs or np.empty((0, 2)), axis=0).T).as_dict(),
+                "rank_with_detection": correlation(*ranks.T).as_dict(),
                 "random_twin": {name: theirs[name] for name in Estimate._fields},
             }
             for control in (SHUFFLED, NOTHING_SAID):
@@ -219,15 +224,13 @@ def means_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the means as a Markdown table."""
 
     def cell(numbers: dict[str, Any], form: str) -> str:
-        return shown(
-            Estimate(*(float("nan" if numbers[name] is None else numbers[name]) for name in Estimate._fields)), form
-        )
+        known = (numbers[name] for name in Estimate._fields)
+        return shown(Estimate(*(float("nan") if value is None else value for value in known)), form)
 
     lines = []
     for row in rows:
-        values = [
-            cell({**each, "lo": None}, ".3f") for each in (row, row[SHUFFLED], row[NOTHING_SAID], row["random_twin"])
-        ]
+        beside = (row, row[SHUFFLED], row[NOTHING_SAID], row["random_twin"])
+        values = [cell({**each, "lo": None}, ".3f") for each in beside]
         n = f"{row['n']}" + (f" ({row['n_failed']} could not be scored)" if row["n_failed"] else "")
         name = f"{label('scorer.' + row['scorer'])}, {label('metric.' + row['metric'])}"
         over, ranks = cell(row[f"over_{SHUFFLED}"], "+.3f"), cell(row["rank_with_detection"], ".2f")
@@ -257,8 +260,11 @@ def export(path: Path, out: Path, to: str, *, project: str | None = None) -> lis
         for name, file in zip(TABLES, files, strict=True):
             cursor = store.connection.execute(f"SELECT * FROM {name}")
             names, rows = [column for column, *_ in cursor.description], cursor.fetchall()
-            cells = dict(zip(names, zip(*rows, strict=True) if rows else [()] * len(names), strict=True))
-            cells |= {key: [kept and json_of(kept) for kept in cells[key]] for key in JSON_COLUMNS if key in cells}
+            cells: dict[str, Any] = dict(
+                zip(names, zip(*rows, strict=True) if rows else [()] * len(names), strict=True)
+            )
+            for key in set(names) & JSON_COLUMNS:
+                cells[key] = [kept and json_of(kept) for kept in cells[key]]
             tables[name] = pyarrow.table(cells)
             if to == "jsonl":
                 write_text(file, "".join(map(_line, tables[name].to_pylist())))
@@ -272,7 +278,8 @@ def export(path: Path, out: Path, to: str, *, project: str | None = None) -> lis
     manifest = path.parent / MANIFEST
     trained = WandbRun.of(Manifest.load(path.parent).sae if manifest.is_file() else path.parent)
     with wandb.init(job_type="autointerp", **trained._replace(project=project or trained.project).joined(out)) as run:
-        run.log({name: wandb.Table(dataframe=tables[name].to_pandas()) for name in ("explanation", "score")})
+        for name in ("explanation", "score"):
+            run.log({name: wandb.Table(dataframe=tables[name].to_pandas())})
         artifact = wandb.Artifact("autointerp", type="autointerp")
         for file in files:
             artifact.add_file(str(file))

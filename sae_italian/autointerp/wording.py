@@ -223,13 +223,12 @@ def title_of(counts: Counts, validation: Validation, rule: LatentRule) -> dict[s
     if not judged:
         return {}
     best, kind = max(judged, key=lambda each: each[0].worth)
-    languages = get_args(Language)
-    if kind:
-        told = {language: title_of_kind(*kind, language) for language in languages}
-        return {**told, "accuracy": best.accuracy, "family": kind[0], "kind": kind[1]}
-    texts = {language: _keys(best.rule, language) for language in languages}  # even one key may be too long
-    told = {name: text if len(text) <= LONGEST else text[: LONGEST - 1] + "…" for name, text in texts.items()}
-    return {**told, "accuracy": best.accuracy, "rule": plain(best.rule)}
+    told: dict[str, Any] = {}
+    for language in get_args(Language):
+        text = title_of_kind(*kind, language) if kind else _keys(best.rule, language)
+        told[language] = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"  # even one key may be too long
+    executed = {"family": kind[0], "kind": kind[1]} if kind else {"rule": plain(best.rule)}
+    return {**told, "accuracy": best.accuracy, **executed}
 
 
 def rule_of_title(title: dict[str, Any], places: Places) -> LatentRule:

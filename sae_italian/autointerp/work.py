@@ -9,6 +9,7 @@ says in its notes when and how it was made, and gives way to the next one.
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -108,7 +109,7 @@ class Work:
         self.source.prepare()
 
     def explain(self, latent: int) -> tuple[tuple[Any, ...], list[Explanation]]:
-        """Return how much there is to see of a latent (a row of `feature`), and its best rule and token lookup, or why there is none."""
+        """Return how much there is to see of a latent (a row of `feature`); its best rule and lookup, or why there is none."""
         activity, statistics = self.source.activity(latent), self.cache.statistics
         parts = self.source.usable_part[activity.active]
         n = [int((parts == number).sum()) for number in range(len(LEAST_POSITIVES))]
@@ -123,7 +124,11 @@ class Work:
         self, own: Explanation, lookup: Explanation, stranger: Explanation | None = None
     ) -> tuple[list[Row], list[Row]]:
         """Return the score rows of a latent's rule, its token lookup, the whole rule, and another latent's as control."""
-        asked = [Asked(self.judge, own), Asked(self.judge, lookup), Asked(RuleJudge(self.places, "whole"), own, WHOLE)]
+        asked = [
+            Asked(self.judge, own),
+            Asked(self.judge, lookup),
+            Asked(RuleJudge(self.places, "whole"), own, WHOLE),
+        ]
         if (own.rule or {}).get("title"):  # a rule that no key makes has none
             asked.append(Asked(RuleJudge(self.places, "title"), own, TITLE, only=HEADLINE))
         if stranger is not None:
@@ -170,11 +175,9 @@ def explain_latent(latent: LatentActivations) -> Explanation:
 
 def config_of(path: Path) -> AutointerpConfig:
     """Return a store's settings, those of any latent, so that what is made now compares with the run; else the defaults."""
-    try:
-        with Store(path, {}, read_only=True) as store:
-            return replace(stored_config(store), latents=None)
-    except SaeItalianError:
-        return AutointerpConfig()
+    with suppress(SaeItalianError), Store(path, {}, read_only=True) as store:
+        return replace(stored_config(store), latents=None)
+    return AutointerpConfig()
 
 
 def keep(path: Path, work: Work, found: Sequence[Explanation]) -> str:
@@ -203,9 +206,8 @@ def keep(path: Path, work: Work, found: Sequence[Explanation]) -> str:
 
 
 def _same(known: Explanation | None, other: Explanation) -> bool:
-    if known is None or known.status != "ok":
-        return False
-    return (known.text_it, known.text_en) == (other.text_it, other.text_en)
+    told = (other.text_it, other.text_en)
+    return known is not None and known.status == "ok" and (known.text_it, known.text_en) == told
 
 
 def with_now(found: dict[str, dict[int, Explanation]]) -> dict[str, dict[int, Explanation]]:
@@ -215,14 +217,14 @@ def with_now(found: dict[str, dict[int, Explanation]]) -> dict[str, dict[int, Ex
     its own name; one that says the same is left out.
     """
     merged = {name: dict(own) for name, own in found.items() if not name.endswith(NOW)}
-    for name in (name for name in found if name.endswith(NOW)):
-        of_run = merged.setdefault(name.removesuffix(NOW), {})
-        for latent, explanation in found[name].items():
-            known = of_run.get(latent)
-            if known is None or known.status != "ok":
-                of_run[latent] = explanation
-            elif not _same(known, explanation):
-                merged.setdefault(name, {})[latent] = explanation
+    made = [explanation for name, own in found.items() if name.endswith(NOW) for explanation in own.values()]
+    for explanation in made:
+        of_run = merged.setdefault(explanation.explainer.removesuffix(NOW), {})
+        known = of_run.get(explanation.latent)
+        if known is None or known.status != "ok":
+            of_run[explanation.latent] = explanation
+        elif not _same(known, explanation):
+            merged.setdefault(explanation.explainer, {})[explanation.latent] = explanation
     return merged
 
 

@@ -215,7 +215,7 @@ def test_a_draw_of_latents_is_live_and_repeats(planted, mini, tmp_path):
     explained = []
     for name in ("a", "b"):
         with Store(run_autointerp(planted, mini.tokenizer, config, store=tmp_path / name), {}) as opened:
-            explained.append(sorted(opened.explained("rules")))
+            explained.append(sorted(opened.explanations("rules")))
     assert explained[0] == explained[1] and len(explained[0]) == 5 and DEAD not in explained[0]
     assert not summarise(tmp_path / "a").enough  # five drawn latents do not stand for an SAE
 

@@ -241,7 +241,7 @@ def test_an_explanation_of_5000_letters_and_one_by_an_llm_are_there_whole(cache,
     folder = shutil.copytree(cache.folder, tmp_path / "cache")
     long = "«perché», " * 500
     with Store(folder / STORE_FILE, {}) as store:
-        latent = next(i for i in range(256) if i not in store.explained("llm:prova:it"))
+        latent = next(i for i in range(256) if i not in store.explanations("llm:prova:it"))
         store.add_explanations([Explanation(latent, "llm:prova:it", "ok", long, "", None, "llm")])
     only = {"latents": (latent, latent)}
     done = checked(export(FeatureCache.open(folder), mini.tokenizer, tmp_path / "out", "neuronpedia-bulk", **only))
