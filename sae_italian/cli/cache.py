@@ -242,10 +242,9 @@ def _explained(
     languages = examples_in(cache)
     if languages:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in languages.items())
-        fails = (
-            "" if languages.get("it", 0) >= MOSTLY else " Few are Italian: no evidence of what fires in Italian text."
-        )
-        text += f"\n\nThe examples are in: {shares}.{fails}"
+        text += f"\n\nThe examples are in: {shares}."
+        if languages.get("it", 0) < MOSTLY:
+            text += " Few are Italian: no evidence of what fires in Italian text."
     return Result({**results, "examples_in": languages, "cache": str(cache.folder)}, text)
 
 

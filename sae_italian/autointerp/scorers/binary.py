@@ -39,7 +39,7 @@ Questions = Mapping[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]
 def detection(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
     """Score whole segments, active somewhere or silent."""
     shown: Any = examples.test
-    yield from _scores("detection", asked, examples, shown)
+    yield from _scores("detection", asked, shown)
     if "random" in shown.questions:
         yield from ((asked[0], score) for score in _by_decile(asked[0].answers["detection"][1], shown))
 
@@ -47,10 +47,10 @@ def detection(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tupl
 @scorer(needs="detect", metric="balanced_accuracy")
 def fuzzing(asked: Sequence[Asked], examples: LatentExamples) -> Iterator[tuple[Asked, Score]]:
     """Score marked segments: are the marked tokens those the latent is active on?"""
-    yield from _scores("fuzzing", asked, examples, examples.marked)
+    yield from _scores("fuzzing", asked, examples.marked)
 
 
-def _scores(name: str, asked: Sequence[Asked], examples: LatentExamples, shown: Any) -> Iterator[tuple[Asked, Score]]:
+def _scores(name: str, asked: Sequence[Asked], shown: Any) -> Iterator[tuple[Asked, Score]]:
     """Yield one score per explanation and source; the gain of the first explanation over the executed lookup is in its."""
     if len(shown) == 0:
         return
