@@ -343,13 +343,12 @@ def _tables_of(connection: sqlite3.Connection, path: Path, *, carry_over: bool =
 # --- its rows ---------------------------------------------------------------------------------------------------------
 
 
-def packed(value: Any) -> str | bytes:
-    """Return a value as JSON, compressed where that is long."""
+def packed(value: Any) -> Any:
+    """Return a dict as JSON, compressed where that is long; any other value as it is."""
+    if not isinstance(value, dict):
+        return value
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) < LONG else zlib.compress(text.encode())
-
-
-sqlite3.register_adapter(dict, packed)  # so that a dict is written as any other value
 
 
 def json_of(kept: str | bytes) -> str:
@@ -370,6 +369,6 @@ def unpacked(kept: Any, row: Any, table: str) -> Any:
 
 def insert(connection: sqlite3.Connection, table: str, rows: Iterable[Row], *, replace: bool = False) -> None:
     """Insert rows, a value for each column; with `replace` in the place of those with the same key."""
-    if every := list(rows):
+    if every := [tuple(map(packed, row)) for row in rows]:
         verb, places = "INSERT OR REPLACE" if replace else "INSERT", ", ".join("?" * len(every[0]))
         connection.executemany(f"{verb} INTO {table} VALUES ({places})", every)

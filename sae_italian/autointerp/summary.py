@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,19 +38,54 @@ _LED = ("detection", "fuzzing", "simulation")
 _SOURCES = {"detection": SEGMENT_NEGATIVES, "fuzzing": FUZZING_NEGATIVES}
 
 
-class AutointerpSummary(SimpleNamespace):
-    """One explainer's explanations under one judge; its parts are named and told where `summarise` makes them.
+@dataclass(frozen=True)
+class AutointerpSummary:
+    """One explainer's explanations under one judge. Means are over explained latents, with 95 % intervals over latents and
+    documents, NaN in a store that is older than these (`by_document`).
 
-    Means are over explained latents, with 95 % intervals over latents and documents (`Estimate`), NaN in a store that is
-    older than these (`by_document`). Numbers named without a negative source are those with random negatives (detection)
-    and with marks on the same token where it is silent (fuzzing). `shuffled_` are those of other latents' explanations,
-    `lookup_` those of the token lookup, which is a rule and is always judged as one, `whole_` those of the rules as they
-    were fitted, of which the texts display a part. Shares of latents are of the `n_scored` whose detection could be scored.
+    Numbers named without a negative source are those with random negatives (detection) and with marks on the same token
+    where it is silent (fuzzing). Shares of latents are of the `n_scored` whose detection could be scored.
     """
+
+    explainer: str
+    judge: str
+    n_latents: int
+    n_explained: int
+    n_scored: int
+    n_too_few: int
+    n_dead: int
+    detection: Estimate
+    fuzzing: Estimate
+    simulation: Estimate  # correlation, strongest and random segments
+    simulation_random: Estimate  # random segments alone
+    share_detected: Estimate  # detection balanced accuracy of 0.8 or more
+    shuffled_detection: Estimate
+    shuffled_fuzzing: Estimate
+    shuffled_simulation: Estimate
+    lookup_detection: Estimate  # the lookup is a rule and is always judged as one
+    lookup_fuzzing: Estimate
+    lookup_simulation: Estimate
+    lookup_share_detected: Estimate
+    whole_detection: Estimate  # of the rules as they were fitted, of which the texts display a part
+    by_keys: dict[str, Estimate]  # detection of a text's first 1, 2, 3, 6 and 12 keys
+    by_keys_area: Estimate  # the mean of that curve over log2(1 + keys)
+    saved_bits: Estimate  # per example, what a text saves over telling the answers without it, its own length paid
+    lookup_saved_bits: Estimate
+    whole_saved_bits: Estimate
+    title_detection: Estimate  # of the titles, 60 characters at most
+    gain_over_lookup: Estimate  # mean of the paired differences
+    only_token: Estimate  # share that the lookup detects and the explanation explains no better
+    always_yes: Estimate
+    always_no: Estimate
+    by_negatives: dict[str, dict[str, Estimate]]  # scorer -> negatives -> mean balanced accuracy
+    gains: dict[str, dict[str, Estimate]]  # scorer -> negatives -> mean gain over the lookup
+    by_decile: list[Estimate]  # mean share of positives found, weakest tenth first
+    by_document: bool  # whether the store knows how all these scores fall without some of the documents
+    enough: bool  # at least 300 latents were drawn at random, or all there are
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as plain JSON values."""
-        return plain(vars(self))
+        return plain(self)
 
 
 def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> AutointerpSummary:
@@ -73,32 +108,27 @@ def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE
         n_scored=len(detected),
         n_too_few=statuses.count("too few activations"),
         n_dead=statuses.count("dead"),
-        # of simulation the correlation, strongest and random segments
         **{name: own.mean(name) for name in _LED},
-        simulation_random=own.mean("simulation", RANDOM),  # random segments alone
-        share_detected=_share(detected.values()),  # detection balanced accuracy of 0.8 or more
+        simulation_random=own.mean("simulation", RANDOM),
+        share_detected=_share(detected.values()),
         **{f"shuffled_{name}": own.mean(name, control=SHUFFLED) for name in _LED},
         **{f"lookup_{name}": lookup.mean(name) for name in _LED},
         lookup_share_detected=_share(looked_up.values()),
         whole_detection=own.mean("detection", control=WHOLE),
-        # detection of a text's first 1, 2, 3, 6 and 12 keys, and the mean of that curve over log2(1 + keys)
         by_keys={str(n): own.mean("budget", "", f"balanced_accuracy_{n}") for n in BUDGETS},
         by_keys_area=own.mean("budget", "", "area"),
-        # per example, what a text saves over telling the answers without it, its own length paid
         saved_bits=own.mean("budget"),
         lookup_saved_bits=lookup.mean("budget"),
         whole_saved_bits=own.mean("budget", control=WHOLE),
-        title_detection=own.mean("detection", control=TITLE),  # of the titles, 60 characters at most
-        gain_over_lookup=own.mean("detection", lookup=lookup),  # mean of the paired differences
-        # share that the lookup detects and the explanation explains no better
+        title_detection=own.mean("detection", control=TITLE),
+        gain_over_lookup=own.mean("detection", lookup=lookup),
         only_token=_share(no_better),
         **{name: scores.mean("detection") for name, scores in always.items()},
-        by_negatives=own.by_source(),  # scorer -> negatives -> mean balanced accuracy
-        gains=own.by_source(lookup),  # scorer -> negatives -> mean gain over the lookup
-        # mean share of positives found, weakest tenth first
+        by_negatives=own.by_source(),
+        gains=own.by_source(lookup),
         by_decile=[own.mean("detection", "", f"tpr_decile_{tenth}") for tenth in range(10)],
         by_document=all(scores.known for scores in (own, lookup, *always.values())),
-        enough=enough,  # at least 300 latents were drawn at random, or all there are
+        enough=enough,
     )
 
 
