@@ -265,12 +265,14 @@ def test_model_and_sae_may_be_in_different_places(trained_sae, places):
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
-def test_on_a_gpu_a_model_takes_the_room_that_it_took_in_training(monkeypatch, trained_sae, device, dtype):
+def test_on_a_gpu_a_model_takes_the_room_that_it_took_in_training(monkeypatch, small_spec, tmp_path, device, dtype):
     """In bfloat16, as a 7B model fits into 24 GB; the processor computes in float32, which it does faster."""
-    sae = load_sae(trained_sae)
-    sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": False, "dtype": "bfloat16"}
+    spec = small_spec.model_copy(update={"dtype": "bfloat16"})
+    sae = SAERun(spec, load_model(spec.model, dtype=spec.dtype), tmp_path).sae
     monkeypatch.setattr(saes_loading, "device_of", lambda _: device)
     assert model_of(sae).dtype == dtype
+    sae.cfg.metadata.model_from_pretrained_kwargs = None  # of others, who say nothing
+    assert model_of(sae).dtype == torch.float32
 
 
 COMMANDS = {

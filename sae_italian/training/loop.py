@@ -100,7 +100,8 @@ class SAERun:
         metadata, spec = self.sae.cfg.metadata, self.spec
         for field in METADATA:
             setattr(metadata, field, getattr(self.config, field))
-        metadata.model_from_pretrained_kwargs = {}
+        # read by saes.loading.model_of, and by whoever loads the model with SAELens
+        metadata.model_from_pretrained_kwargs = {} if spec.dtype == "float32" else {"dtype": spec.dtype}
         metadata.harvested_from = "hf"
         metadata.vocabulary = vocabulary_hash(model.tokenizer)  # read by saes.loading.check_hooks
         metadata.model_revision = getattr(model, "loaded_from", {}).get("revision")
