@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 
@@ -302,7 +301,7 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
 @contextmanager
 def _opened(path: Path, mode: str, doing: str) -> Iterator[sqlite3.Connection]:
     """Open a file for what is done with it first; where that fails nothing stays open. Raises: as `connect`."""
-    address = f"file:{quote(str(path.resolve()))}?mode={mode}"
+    address = f"{path.resolve().as_uri()}?mode={mode}"
     try:
         with ExitStack() as stack:
             # the call ledger is opened in one thread and used in others, never in two at once

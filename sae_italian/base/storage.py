@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -35,8 +36,11 @@ OURS = """
     meaning.npz seeds.json choose-k.* absorption.*
 """
 OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
+IS_WINDOWS = sys.platform == "win32"
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if not IS_WINDOWS:
+    STOP_SIGNALS += [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
 MEND = "Mend it, or make it again."
 # What is raised where a record lacks a field, or has one of another kind.
 ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, EOFError)
@@ -62,6 +66,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
+    if IS_WINDOWS:  # which syncs only what is open for writing
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -74,6 +80,8 @@ def _sync(path: Path) -> None:
 
 def _give_rights(path: Path) -> None:
     """Give a file, or all files of a folder, the rights that the umask leaves: safetensors writes for its owner alone."""
+    if IS_WINDOWS:  # which has no such rights
+        return
     umask = os.umask(0o077)
     os.umask(umask)
     for file in [path] if path.is_file() else path.rglob("*.safetensors"):
@@ -112,7 +120,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        remove(folder / LOCK_FILE)
+        if not IS_WINDOWS:  # where no open file can be removed, and the lock removes its own
+            remove(folder / LOCK_FILE)
         lock.release()
         if is_new:
             with suppress(OSError):  # it is not empty
@@ -190,7 +199,9 @@ def disk_errors(folder: Path, kept: str = "What is finished is kept.") -> Iterat
 
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # half a letter, which some JSON has, is "?"
+        temporary.write_text(
+            text, encoding="utf-8", errors="replace", newline="\n"
+        )  # half a letter, which some JSON has, is "?"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -371,5 +382,5 @@ def _remove_ours(out: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif any(fnmatchcase(f"/{path.relative_to(out)}", name) for name in names):
+        elif any(fnmatchcase(f"/{path.relative_to(out).as_posix()}", name) for name in names):
             remove(path)

@@ -341,7 +341,7 @@ def local_shards(path: Path) -> list[TextFile]:
             f"corpus {str(path)!r} is neither {MICRO_ITALIANO!r}, a name of the catalogue, nor a local file or folder. {hint}"
         )
     # a name in another encoding, as old archives have, is written out: no file of ours could hold it
-    names = [os.fsencode(file.relative_to(root)).decode("utf-8", "backslashreplace") for file in files]
+    names = [os.fsencode(file.relative_to(root).as_posix()).decode("utf-8", "backslashreplace") for file in files]
     return [
         TextFile(name, str(file), _kind(name, LOCAL_ENDINGS), Path(name).name.split(".")[0])
         for name, file in zip(names, files, strict=True)
