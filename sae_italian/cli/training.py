@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -13,7 +14,7 @@ import sae_italian
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain, shown
 from sae_italian.base.statistics import Estimate
-from sae_italian.base.storage import RUN_FILE, record_in, write_text
+from sae_italian.base.storage import RUN_FILE, record_in, write_json, write_text
 from sae_italian.cli import Count, Folder, Result, Sae, Source, Workers, own_words
 from sae_italian.saes import model_of
 from sae_italian.saes.loading import full_name
@@ -94,8 +95,7 @@ def train(
         if (where.engine != "local" and not processes) or where.workers:
             raise UsageError("--workers is for suites, whose groups are independent; one SAE takes --processes.")
         if processes and (processes > 1 or where.engine == "ray"):
-            given = [config, *words, *([f"from_pretrained_path={spec.from_pretrained_path}"] if origin else ())]
-            _train_in_processes(spec, processes, out, given, folder, where)
+            _train_in_processes(spec, processes, out, folder, where)
         else:
             sae_italian.train(spec, out, **asdict(folder))
         if int(os.environ.get("RANK", "0")):
@@ -117,7 +117,7 @@ def _several_seeds(out: Path) -> Result:
     return Result({"sae": str(out), "seeds": plain(found)}, f"{found.table()}\n\nSAE: {out}")
 
 
-def _train_in_processes(spec: Any, n: int, out: Path, words: list[str], folder: Folder, where: Workers) -> None:
+def _train_in_processes(spec: Any, n: int, out: Path, folder: Folder, where: Workers) -> None:
     from sae_italian.training.run import on_ray, on_this_machine
 
     how = asdict(folder)
@@ -125,7 +125,10 @@ def _train_in_processes(spec: Any, n: int, out: Path, words: list[str], folder: 
         on_ray(spec, n, out, where.address, **how)
     else:
         flags = [f"--{name}" for name, given in how.items() if given]
-        on_this_machine(spec, n, ["train", *words, "--out", str(out), *flags])
+        with TemporaryDirectory() as place:  # a run that is overwritten may lose its own record before all have read it
+            checked = Path(place) / "config.yaml"
+            write_json(checked, spec.model_dump(mode="json"))
+            on_this_machine(spec, n, ["train", str(checked), "--out", str(out), *flags])
 
 
 def evaluate(
