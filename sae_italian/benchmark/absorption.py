@@ -165,7 +165,9 @@ def parts(
 
 
 def _logistic(x: Any, y: Bool[np.ndarray, " n"], penalty: float = 0.0, c: float = 1.0) -> Any:
-    settings: dict[str, Any] = {"solver": "liblinear", "l1_ratio": 1.0} if penalty else {"max_iter": 200}
+    settings: dict[str, Any] = {"max_iter": 200}
+    if penalty:  # liblinear draws the order of its steps, and would do so anew at each run
+        settings = {"solver": "liblinear", "l1_ratio": 1.0, "random_state": 0}
     return LogisticRegression(C=c, class_weight="balanced", tol=1e-3, **settings).fit(x, y)
 
 

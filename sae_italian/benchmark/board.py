@@ -9,14 +9,14 @@ Miller 2011). Less than 2.8 times its root is not distinguishable.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.statistics import Estimate, mean_interval
@@ -30,75 +30,67 @@ CONTROLS = ("form", "tokens", "dense", "embedded")
 OWN = ("auc_1", "auc_16", "lo", "hi", "selectivity", "gain_16", *CONTROLS, "permuted", "majority")
 
 
-@dataclass(frozen=True)
-class ProblemScore:
-    """One problem of one SAE: what its files hold of the controls and of its own, lists over the protocol's seeds."""
+def means(own: Mapping[str, Any], what: str) -> dict[str, float]:
+    """Return by k the mean over the seeds of an SAE's `auc`, or its `twin`'s, from its file of a problem."""
+    return {k: float(np.mean(values)) for k, values in own[what].items()}
 
-    control: dict[str, Any]
-    own: dict[str, Any]
-    task: dict[str, Any]  # its id, names, family, whether form gives the answer
 
-    def means(self, what: str) -> dict[str, float]:
-        """Return by k the mean over the seeds of the SAE's `auc`, or its `twin`'s."""
-        return {k: float(np.mean(values)) for k, values in self.own[what].items()}
-
-    @cached_property
-    def numbers(self) -> dict[str, float]:
-        """The numbers of the tables, by column."""
-        auc, twin = self.means("auc"), self.means("twin")
-        ours, theirs = np.mean(self.own.get("match", [[np.nan, np.nan]]), axis=0)  # older results have none
-        lo, hi = np.array(self.own["interval"]["16"], dtype=float)  # NaN for None
-        found = {"lo": lo, "hi": hi, "majority": self.control["majority"]}
-        found |= {name: self.control[name]["auc"] for name in CONTROLS}
-        found |= {f"auc_{k}": value for k, value in auc.items()}
-        found |= {f"gain_{k}": auc[k] - value for k, value in twin.items()}
-        found["selectivity"] = auc["16"] - max(found["form"], found["tokens"])
-        found["below_dense"] = auc["16"] - found["dense"]
-        found["permuted"] = float(np.quantile(self.own["permuted"], 0.95))
-        found["match"] = float((ours - theirs) / (1 - theirs))
-        return found
+def numbers(control: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of the tables, by column, from a problem's file of controls and an SAE's own."""
+    auc, found = means(own, "auc"), {name: control[name]["auc"] for name in CONTROLS}
+    ours, theirs = np.mean(own.get("match", [[np.nan, np.nan]]), axis=0)  # older results have none
+    lo, hi = np.array(own["interval"]["16"], dtype=float)  # NaN for None
+    found |= {f"auc_{k}": value for k, value in auc.items()}
+    found |= {f"gain_{k}": auc[k] - value for k, value in means(own, "twin").items()}
+    return found | {
+        "lo": lo,
+        "hi": hi,
+        "majority": control["majority"],
+        "selectivity": auc["16"] - max(found["form"], found["tokens"]),
+        "below_dense": auc["16"] - found["dense"],
+        "permuted": float(np.quantile(own["permuted"], 0.95)),
+        "match": float((ours - theirs) / (1 - theirs)),
+    }
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One SAE: where it was scored, and its scores by problem."""
+    """One SAE: where it was scored, and a DataFrame of its problems by name.
+
+    Its columns: the numbers of the tables; the id of the task, its names, family, and whether it is `marked` (form gives
+    the answer); what the files `own` and `control` hold, with lists over the protocol's seeds.
+    """
 
     name: str
     facts: dict[str, Any]
-    scores: dict[str, ProblemScore]
+    problems: Any
 
-    def tasks(self, family: str = "") -> dict[str, list[ProblemScore]]:
-        """Return by task its problems: of a family, or of all where form is not the answer."""
-        found: dict[str, list[ProblemScore]] = {}
-        for score in self.scores.values():
-            if score.task["family"] == family if family else not score.task["form"]:
-                found.setdefault(score.task["id"], []).append(score)
-        return found
+    def tasks(self, family: str = "") -> Any:
+        """Return the problems of a family, or of all where form is not the answer."""
+        asked = self.problems.family == family if family else ~self.problems.marked
+        return self.problems[asked]
 
-    def by_task(self, column: str, family: str = "") -> dict[str, float]:
-        """Return a number by task, the mean over its poolings."""
-        tasks = self.tasks(family).items()
-        return {task: float(np.mean([score.numbers[column] for score in some])) for task, some in tasks}
+    def by_task(self, column: str, family: str = "") -> Any:
+        """Return a number by task, the mean over its poolings, as a Series."""
+        return self.tasks(family).groupby("task", sort=False)[column].mean()
 
     def estimate(self, column: str, family: str = "") -> Estimate:
         """Return the mean over tasks with its interval over tasks."""
-        return mean_interval(np.array([*self.by_task(column, family).values()]))
+        return mean_interval(self.by_task(column, family).to_numpy())
 
     @cached_property
     def reseed(self) -> float:
         """The sd of the mean AUC at k = 16 over the protocol's seeds."""
-        by_task = [np.mean([each.own["auc"]["16"] for each in some], axis=0) for some in self.tasks().values()]
-        means = np.mean(by_task, axis=0)
-        return float(np.std(means, ddof=1)) if np.size(means) > 1 else float("nan")
+        some = self.tasks()
+        seeds: Any = pd.DataFrame([own["auc"]["16"] for own in some.own], index=some.task)
+        return float(seeds.groupby(level=0).mean().mean().std())
 
-    def influence(self) -> Counter[tuple[str, str]]:
-        """Return by (document, task) the influence on the mean AUC at k = 16."""
-        total: Any = Counter()
-        tasks = self.tasks()
-        for task, some in tasks.items():
-            for document, part in (pair for score in some for pair in score.own["influence"]["16"].items()):
-                total[document, task] += part / len(some) / len(tasks)
-        return total
+    def influence(self) -> Any:
+        """Return the influence on the mean AUC at k = 16, a DataFrame [tasks, documents]."""
+        some = self.tasks()
+        share = 1 / some.groupby("task").task.transform("size") / some.task.nunique()
+        parts = pd.DataFrame([own["influence"]["16"] for own in some.own], index=some.task)
+        return parts.mul(share.to_numpy(), axis=0).groupby(level=0).sum()
 
 
 class Difference(NamedTuple):
@@ -115,18 +107,13 @@ class Difference(NamedTuple):
 
 def compare(a: Entry, b: Entry) -> Difference:
     """Return the difference a - b over the tasks that both have, judged by its two-way standard error."""
-    one, other = a.by_task("auc_16"), b.by_task("auc_16")
-    shared = sorted(one.keys() & other.keys())
-    if len(shared) < 2:
+    differences = (a.by_task("auc_16") - b.by_task("auc_16")).dropna()
+    if len(differences) < 2:
         return Difference(float("nan"), float("nan"))
-    differences = np.array([one[task] - other[task] for task in shared])
-    cells, documents = a.influence(), Counter()
-    cells.subtract(b.influence())
-    for (document, _), part in cells.items():
-        documents[document] += part
-    over_tasks = float(differences.var(ddof=1)) / len(shared)
-    over_documents, alone = (float(np.square([*some.values()]).sum()) for some in (documents, cells))
-    seeds = (a.reseed**2 + b.reseed**2) / len(next(iter(a.scores.values())).own["auc"]["16"])
+    cells = a.influence().sub(b.influence(), fill_value=0.0)
+    over_tasks = differences.var() / len(differences)
+    over_documents, alone = (cells.sum() ** 2).sum(), (cells**2).sum().sum()
+    seeds = (a.reseed**2 + b.reseed**2) / len(a.problems.own.iloc[0]["auc"]["16"])
     variance = max(over_tasks + over_documents - alone, over_tasks, over_documents) + np.nan_to_num(seeds)
     return Difference(float(differences.mean()), POWER * float(np.sqrt(variance)))
 
@@ -144,12 +131,9 @@ def ranks(entries: Sequence[Entry]) -> list[int]:
 
 def training_noise(entries: Iterable[Entry]) -> dict[str, tuple[float, int]]:
     """Return the sd of the mean AUC at k = 16 over trainings that differ in their seed alone: NAME, NAME-seed1, ..."""
-    groups: dict[str, dict[str, float]] = {}
-    for entry in entries:
-        name = re.sub(r"[-_./ ]seed[-_=]?\d+$", "", entry.name)
-        groups.setdefault(name, {})[entry.name] = entry.estimate("auc_16").value
-    found = {name: list(values.values()) for name, values in groups.items() if len(values) > 1}
-    return {name: (float(np.std(values, ddof=1)), len(values)) for name, values in found.items()}
+    values: Any = pd.Series({entry.name: entry.estimate("auc_16").value for entry in entries})
+    groups = values.groupby([re.sub(r"[-_./ ]seed[-_=]?\d+$", "", name) for name in values.index], sort=False)
+    return {name: (float(some.std()), len(some)) for name, some in groups if len(some) > 1}
 
 
 def read_entries(folder: str | Path) -> list[Entry]:
@@ -165,15 +149,16 @@ def read_entries(folder: str | Path) -> list[Entry]:
         return sorted(entries, key=lambda entry: [-entry.estimate(column).value for column in ("auc_16", *COLUMNS)])
 
 
-def _entries(folder: Path, value: Mapping[str, Any]) -> Iterable[Entry]:
+def _entries(folder: Path, value: Mapping[str, Any]) -> Iterator[Entry]:
     settings = {key: value[key] for key in ("model", "tasks", "seeds", "sources", "most")}
     for name, facts in value["saes"].items():
-        scores = {}
+        rows = {}
         for problem, told in value["hooks"][facts["hook"]]["problems"].items():
-            places = (folder / facts["hook"] / name for name in (facts["folder"], "controls"))
-            own, control = (place / f"results.{problem}.json" for place in places)
+            places = (folder / facts["hook"] / place for place in ("controls", facts["folder"]))
+            control, own = (place / f"results.{problem}.json" for place in places)
             if own.is_file():
-                task = {"id": told["task"], **value["tasks"][told["task"]]}
-                scores[problem] = ProblemScore(read_json(control), read_json(own), task)
-        if scores:
-            yield Entry(name, {**facts, **settings}, scores)
+                files = {"control": read_json(control), "own": read_json(own)}
+                task = value["tasks"][told["task"]]
+                rows[problem] = {**task, "task": told["task"], "marked": task["form"], **numbers(**files), **files}
+        if rows:
+            yield Entry(name, {**facts, **settings}, pd.DataFrame.from_dict(rows, orient="index"))

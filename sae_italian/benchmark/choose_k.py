@@ -11,11 +11,12 @@ Shapes: x [tokens, d_in], W_dec [d_sae, d_in].
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,30 +37,33 @@ from sae_italian.training.run import check_run, train_group
 
 GRID = (8, 16, 32, 64, 128)
 SHARES = {"d/8": 8, "d/4": 4, "d/2": 2}  # N of the proxy, by what the dictionary's width is divided by
-DECIDING = ("d/8", "d/4")  # N under d/2, as in their notebook: half of all projections are noise about 0
+DECIDING = ["d/8", "d/4"]  # N under d/2, as in their notebook: half of all projections are noise about 0
 BATCH_ELEMENTS = 2**22  # projections of one batch: 4,096 tokens of 1,024 latents
 PROBED = 150  # documents of MicroItaliano whose words the probes read, half of them in training
 PROBES = {"sparse 1": 1, "sparse 20": 20}  # of analysis/detect: logistic on so many latents
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One short training, measured on held-out text; probes: mean AUROC over the labels of words, on other documents."""
-
-    k: int
-    seed: int
-    l0: float
-    explained_variance: float  # centred
-    dead: float  # share of latents that never fired
-    projections: dict[str, float]  # s_N by N
-    auroc: dict[str, float]
+SHOWN = {  # title and form of the means in the table, by their columns
+    "l0": ("L0", ".1f"),
+    "explained_variance": ("explained variance", ".3f"),
+    "dead": ("dead", ".1%"),
+    **{name: (f"AUROC, {name}", ".3f") for name in PROBES},
+}
+PANELS = {  # the lines of the picture's panels, and their columns
+    "s_N": {name: name for name in SHARES},
+    "AUROC": {name: name for name in PROBES},
+    "explained variance · varianza spiegata": {"explained variance": "explained_variance"},
+    "dead · morti": {"dead · morti": "dead"},
+}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the trials say: a k with the interval of those that do as well, or why none is recommended."""
+    """What the trials say: a k with the interval of those that do as well, or why none is recommended.
 
-    trials: list[Trial]
+    A trial is a short training, measured on held-out text: k, seed, l0, explained_variance (centred), dead (the share of
+    latents that never fired), projections (s_N by N), auroc (by probe, the mean over labels of words of other documents).
+    """
+
+    trials: list[dict[str, Any]]
     minima: dict[str, int]  # k of the grid at which s_N is least, by N
     n_tokens: int  # of each training
     why: str
@@ -69,40 +73,33 @@ class Choice:
 
     def table(self) -> str:
         """Return a Markdown table of means over seeds, one row for each k, and the recommendation."""
-        rows = []
-        for k, some in by_k(self.trials).items():
-            cells = [np.mean([getattr(t, name) for t in some]) for name in ("l0", "explained_variance", "dead")]
-            shown = f"{cells[0]:.1f}", f"{cells[1]:.3f}", f"{cells[2]:.1%}"
-            aurocs = (f"{np.mean([t.auroc[name] for t in some]):.3f}" for name in PROBES)
-            of_name = ([t.projections[name] for t in some] for name in SHARES)
-            proxies = (f"{np.mean(s):.4g} ± {np.std(s, ddof=1) if len(s) > 1 else np.nan:.2g}" for s in of_name)
-            rows.append((k, *shown, *aurocs, *proxies))
-        heads = [f"s_N, N = {name}" for name in SHARES]
-        head = " | ".join(["k", "L0", "explained variance", "dead", *(f"AUROC, {name}" for name in PROBES), *heads])
+        groups = by_k(self.trials)
+        mean, sd, rows = groups.mean(), groups.std(), []
+        for k in mean.index:
+            cells = (f"{mean.at[k, column]:{form}}" for column, (_, form) in SHOWN.items())
+            rows.append((k, *cells, *(f"{mean.at[k, name]:.4g} ± {sd.at[k, name]:.2g}" for name in SHARES)))
+        head = " | ".join(["k", *(title for title, _ in SHOWN.values()), *(f"s_N, N = {name}" for name in SHARES)])
         return f"{table(head, rows)}\n\n{self.why}"
 
     def svg(self) -> str:
         """Return the proxy (1 at its largest), the probes, the fit and the dead share over k; bars: one seed-sd."""
         groups = by_k(self.trials)
-        proxy = {name: [[t.projections[name] for t in some] for some in groups.values()] for name in SHARES}
-        proxy = {name: np.array(of) / np.mean(of, axis=1).max() for name, of in proxy.items()}
-        probes = {name: [[t.auroc[name] for t in some] for some in groups.values()] for name in PROBES}
-        fits = {"explained variance": [[t.explained_variance for t in some] for some in groups.values()]}
-        dead = {"dead · morti": [[t.dead for t in some] for some in groups.values()]}
-        panels = {"s_N": proxy, "AUROC": probes, "explained variance · varianza spiegata": fits, "dead · morti": dead}
+        largest = groups.mean().max().where(lambda of: of.index.isin(SHARES), 1.0)
+        mean, sd = groups.mean() / largest, groups.std(ddof=0) / largest
 
         def draw(axes: Any) -> None:
-            for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-                for (name, of), colour in zip(lines.items(), (OURS, "#d17b0f", "#3b5bdb"), strict=False):
-                    mean, sd = np.mean(of, axis=1), np.std(of, axis=1)
-                    axis.errorbar(list(groups), mean, sd, color=colour, marker="o", markersize=3, label=name)
+            for axis, (title, columns) in zip(axes, PANELS.items(), strict=True):
+                for (name, column), colour in zip(columns.items(), (OURS, "#d17b0f", "#3b5bdb"), strict=False):
+                    axis.errorbar(
+                        mean.index, mean[column], sd[column], color=colour, marker="o", markersize=3, label=name
+                    )
                 if self.lo is not None and self.hi is not None:
                     axis.axvspan(self.lo, self.hi, color=REFERENCE, alpha=0.2, linewidth=0)
                 axis.set_xscale("log", base=2)
                 axis.set(xlabel="k", title=title)
                 axis.legend(frameon=False, fontsize=7)
 
-        return svg(draw, len(panels), (3.2 * len(panels), 3.0))
+        return svg(draw, len(PANELS), (3.2 * len(PANELS), 3.0))
 
     def save(self, folder: Path) -> None:
         """Write choose-k.json, choose-k.md and choose-k.svg."""
@@ -110,48 +107,43 @@ class Choice:
         save_result(folder, "choose-k", plain(self), parts, **{"choose-k": self.svg()})
 
 
-def by_k(trials: Iterable[Trial]) -> dict[int, list[Trial]]:
-    """Return the trials of each k, smallest k first."""
-    in_order = sorted(trials, key=lambda t: (t.k, t.seed))
-    return {k: list(some) for k, some in groupby(in_order, lambda t: t.k)}
+def by_k(trials: Iterable[Mapping[str, Any]]) -> Any:
+    """Return the numbers of trials grouped by k, a DataFrame's groups, with s_N and probes as columns of their own."""
+    rows = [{**trial, **trial["projections"], **trial["auroc"]} for trial in trials]
+    return pd.DataFrame(rows).drop(columns=["projections", "auroc", "seed"]).groupby("k")
 
 
 @torch.no_grad()
 def projections(sae: Any, x: Float[Tensor, "tokens d_in"]) -> dict[str, float]:
     """Return s_N for N an eighth, a quarter and half of the dictionary: means over batches of tokens."""
     rows = normalize(sae.W_dec.float(), dim=-1)
-    size = max(1, BATCH_ELEMENTS // len(rows))
-    found: dict[str, list[float]] = {name: [] for name in SHARES}
-    for part in x.split(size):
+    found = []
+    for part in x.split(max(1, BATCH_ELEMENTS // len(rows))):
         projected = ((part.to(rows) - sae.b_dec.float()) @ rows.T).flatten()
-        for name, of in SHARES.items():
-            place = max(1, len(projected) - len(rows) // of * len(part))  # the rest lies above it
-            found[name].append(projected.kthvalue(place).values.item())
-    return {name: float(np.mean(values)) for name, values in found.items()}
+        above = (len(rows) // of * len(part) for of in SHARES.values())
+        found.append([projected.kthvalue(max(1, len(projected) - n)).values.item() for n in above])
+    return dict(zip(SHARES, np.mean(found, axis=0).tolist(), strict=True))
 
 
-def recommend(trials: Sequence[Trial], n_tokens: int) -> Choice:
+def recommend(trials: list[dict[str, Any]], n_tokens: int) -> Choice:
     """Return the k at which the proxy is least, by a parabola through its neighbours on the grid (of log k).
 
     The interval holds the k of the grid whose mean is within one seed-sd of the minimum, and at least half a step to each
     side.
     """
-    groups = by_k(trials)
-    grid, found = list(groups), {}
-    for name in DECIDING:
-        values = [[t.projections[name] for t in some] for some in groups.values()]
-        spread = np.var(values, axis=1, ddof=min(1, len(values[0]) - 1)).mean()
-        found[name] = np.mean(values, axis=1), float(np.sqrt(spread))
-    minima = {name: grid[int(mean.argmin())] for name, (mean, _) in found.items()}
+    groups: Any = by_k(trials)[DECIDING]
+    mean: Any = groups.mean()
+    sd: Any = np.sqrt(groups.var().fillna(0.0).mean())  # of a single seed no noise is known
+    grid, minima = list(mean.index), mean.idxmin().to_dict()
     said, steps = ", ".join(f"{name}: {k}" for name, k in minima.items()), [grid.index(k) for k in minima.values()]
     at_an_end = {0, len(grid) - 1} & set(steps)
     if at_an_end or max(steps) - min(steps) > 1:
         what = "s_N is least at an end of it" if at_an_end else "the minima of s_N do not agree"
         why = f"Not found, widen the grid: {what} ({said}). More tokens (share=1) and more seeds make the curves steadier."
-        return Choice(list(trials), minima, n_tokens, why)
-    vertices, los, his = zip(*(_vertex(np.log2(grid), mean, sd) for mean, sd in found.values()), strict=True)
+        return Choice(trials, minima, n_tokens, why)
+    vertices, los, his = zip(*(_vertex(np.log2(grid), mean[n].to_numpy(), sd[n]) for n in DECIDING), strict=True)
     k, lo, hi = (float(2**value) for value in (np.median(vertices), min(los), max(his)))
-    return Choice(list(trials), minima, n_tokens, f"Recommended: k = {k:.0f} ({lo:.0f} to {hi:.0f}).", k, lo, hi)
+    return Choice(trials, minima, n_tokens, f"Recommended: k = {k:.0f} ({lo:.0f} to {hi:.0f}).", k, lo, hi)
 
 
 def _vertex(
@@ -163,11 +155,8 @@ def _vertex(
     a, b, _ = np.polyfit(x, y, 2)
     half = (x[0] + x[1]) / 2, (x[1] + x[2]) / 2
     vertex = float(np.clip(-b / (2 * a), *half)) if a > 0 else float(x[1])
-    lo = hi = i  # as far as the means stay within one sd
-    while lo > 0 and mean[lo - 1] <= mean[i] + sd:
-        lo -= 1
-    while hi < len(mean) - 1 and mean[hi + 1] <= mean[i] + sd:
-        hi += 1
+    worse = np.flatnonzero(mean > mean[i] + sd)  # between the nearest of these the means stay within one sd
+    lo, hi = worse[worse < i].max(initial=-1) + 1, worse[worse > i].min(initial=len(mean)) - 1
     return vertex, float(min(half[0], place[lo])), float(max(half[1], place[hi]))
 
 
@@ -229,17 +218,19 @@ def choose_k(
     return found
 
 
-def _measured(runs: Mapping[str, RunSpec], folders: Mapping[str, Path], x: Tensor, words: Words) -> list[Trial]:
+def _measured(
+    runs: Mapping[str, RunSpec], folders: Mapping[str, Path], x: Tensor, words: Words
+) -> list[dict[str, Any]]:
     """Return what each training has come to."""
     task, trials = ProbeTask(words, words), []
     for name in paced(runs, "measure", len(runs), "SAE"):
         spec = runs[name]
         sae = load_sae(folders[name], device=spec.device)
         how, acts = fit(sae, x, x), encode_words(sae, words.x)
-        probes: dict[str, list[float]] = {method: [] for method in PROBES}
-        for found in sparse_probes(task, acts, acts, name, PROBES.values()):
-            probes[found.method].append(found.auroc.value)
-        auroc = {method: float(np.mean(values)) for method, values in probes.items()}
-        numbers = how.l0, how.explained_variance, how.dead, projections(sae, x), auroc
-        trials.append(Trial(spec.sae["k"], spec.seed, *numbers))
+        found = list(sparse_probes(task, acts, acts, name, PROBES.values()))
+        auroc = {kind: float(np.mean([d.auroc.value for d in found if d.method == kind])) for kind in PROBES}
+        numbers = {"l0": how.l0, "explained_variance": how.explained_variance, "dead": how.dead}
+        trials.append(
+            {"k": spec.sae["k"], "seed": spec.seed, **numbers, "projections": projections(sae, x), "auroc": auroc}
+        )
     return trials

@@ -9,13 +9,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import pandas as pd
 
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.labels import label
 from sae_italian.base.report import page, plain, save_result, shown, table
 from sae_italian.base.storage import fingerprint, package_versions, write_json, write_text
-from sae_italian.benchmark.board import COLUMNS, OWN, Entry, ProblemScore, compare, ranks, read_entries, training_noise
+from sae_italian.benchmark.board import COLUMNS, OWN, Entry, compare, means, ranks, read_entries, training_noise
 
 EVAL_TYPE = "sae_italian_sparse_probing"  # Italian sets are never averaged with SAEBench's English ones
 # A click on a column's head sorts by its first number, the largest first.
@@ -74,8 +74,7 @@ def _foot(entries: Sequence[Entry]) -> Iterator[str]:
 
 def families(entries: Sequence[Entry]) -> Board:
     """Return the mean AUC at k = 16 and the selectivity by family of tasks."""
-    scores = (score for entry in entries for score in entry.scores.values())
-    names = list(dict.fromkeys(score.task["family"] for score in scores))
+    names = pd.concat([entry.problems.family for entry in entries]).unique()
     rows = []
     for entry in entries:
         found = ([entry.estimate(c, family).value for c in ("auc_16", "selectivity")] for family in names)
@@ -86,10 +85,9 @@ def families(entries: Sequence[Entry]) -> Board:
 def problems(entry: Entry) -> Board:
     """Return every problem of one SAE with all its controls beside it."""
     rows = []
-    for name, score in entry.scores.items():
-        marked = f"{score.task['en']} · {score.task['it']}" + (" *" if score.control["exploratory"] else "")
-        numbers = [f"{score.numbers[column]:.3f}" for column in OWN]
-        rows.append([name, marked, *numbers, str(score.control["n_test"])])
+    for name, row in entry.problems.iterrows():
+        marked = f"{row.en} · {row.it}" + (" *" if row.control["exploratory"] else "")
+        rows.append([str(name), marked, *(f"{row[column]:.3f}" for column in OWN), str(row.control["n_test"])])
     every = ("problem", "task", *OWN, "n_test")
     return _board(f"{entry.name}: {both('problems')}", every, rows, [both("exploratory")])
 
@@ -151,15 +149,16 @@ def send_to_wandb(entries: Sequence[Entry], project: str, folder: Path) -> str:
     """Log the headline and every problem as W&B tables, offline without a login; return where they are."""
     import wandb
 
-    rows = [[entry.name, *(entry.estimate(column).value for column in COLUMNS)] for entry in entries]
-    named = (([entry.name, name], score) for entry in entries for name, score in entry.scores.items())
-    cells = [[*names, *map(score.numbers.get, COLUMNS)] for names, score in named]
-    tables: Any = {"benchmark/saes": (["sae"], rows), "benchmark/problems": (["sae", "problem"], cells)}
+    numbers = list(COLUMNS)
+    means = pd.DataFrame([[entry.name, *(entry.estimate(column).value for column in numbers)] for entry in entries])
+    every = pd.concat(
+        {entry.name: entry.problems[numbers] for entry in entries}, names=["sae", "problem"]
+    ).reset_index()
     mode = None if wandb.login(prompt=False, verify=False) else "offline"  # None: as WANDB_MODE says
     how: Any = {"mode": mode, "settings": wandb.Settings(console="off", silent=True)}
     with wandb.init(job_type="benchmark", **how, **WandbRun(project=project).joined(folder)) as run:
-        for name, (head, data) in tables.items():
-            run.log({name: wandb.Table(columns=[*head, *COLUMNS], data=data)})
+        for name, found in {"saes": means.set_axis(["sae", *numbers], axis=1), "problems": every}.items():
+            run.log({f"benchmark/{name}": wandb.Table(dataframe=found)})
     if run.offline:
         sys.stderr.write(f"W&B holds this offline; send it with: wandb sync {folder}/wandb/offline-*\n")
     return f"W&B project {project}"
@@ -173,24 +172,23 @@ def saebench(entry: Entry) -> dict[str, Any]:
 
     Sets bear the prefix `it_`. Intervals, seeds and controls are in `eval_result_unstructured`.
     """
-    details = [_detail(problem, score) for problem, score in entry.scores.items()]
-    numbers = [key for key, value in details[0].items() if isinstance(value, float)]
-    means = {key: float(np.mean([detail[key] for detail in details])) for key in numbers}
-    llm = {key: means.pop(key) for key in [*means] if key.startswith("llm")}
+    details = [_detail(str(problem), row) for problem, row in entry.problems.iterrows()]
+    numbers = pd.DataFrame(details).mean(numeric_only=True).to_dict()
+    llm = {key: numbers.pop(key) for key in [*numbers] if str(key).startswith("llm")}
     found = [detail["sae_metrics_by_k"] for detail in details]
-    by_k = {k: {m: float(np.mean([one[k][m] for one in found])) for m in some} for k, some in found[0].items()}
-    headlines = {column: entry.estimate(column).as_dict() for column in COLUMNS}
-    names, (train, test) = [f"it_{problem}" for problem in entry.scores], entry.facts["most"]
+    by_k = {k: pd.DataFrame([one[k] for one in found]).mean().to_dict() for k in found[0]}
+    (train, test), names = entry.facts["most"], [detail["dataset_name"] for detail in details]
     config = {"random_seed": 0, "dataset_names": names, "k_values": [int(k) for k in by_k]}
     config |= {"probe_train_set_size": train, "probe_test_set_size": test, "model_name": entry.facts["model"] or ""}
-    beside = {"headline": headlines, "problems": {p: _beside(score) for p, score in entry.scores.items()}}
+    headlines = {column: entry.estimate(column).as_dict() for column in COLUMNS}
+    beside = {"headline": headlines, "problems": {p: _beside(row) for p, row in entry.problems.iterrows()}}
     release, _, sae_id = entry.name.rpartition(":")
     return {
         "eval_type_id": EVAL_TYPE,
         "eval_config": config,
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": {"llm": llm, "sae": means},
+        "eval_result_metrics": {"llm": llm, "sae": numbers},
         "eval_result_details": details,
         "sae_metrics_by_k": by_k,
         "sae_bench_commit_hash": f"sae-italian {package_versions()['sae-italian']}",
@@ -202,25 +200,23 @@ def saebench(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _detail(problem: str, score: ProblemScore) -> dict[str, Any]:
-    dense, own = score.control["dense"], score.own
-    metrics = ("accuracy", "auc", "f1")
-    of = {"accuracy": own["accuracy"], "auc": score.means("auc"), "f1": own["f1"]}
-    by_k = {k: {f"test_{m}": of[m][k] for m in metrics} for k in own["auc"]}
-    found: dict[str, Any] = {"dataset_name": f"it_{problem}", **{f"llm_test_{m}": dense[m] for m in metrics}}
+def _detail(problem: str, row: Any) -> dict[str, Any]:
+    metrics = {"accuracy": row.own["accuracy"], "auc": means(row.own, "auc"), "f1": row.own["f1"]}
+    by_k = {k: {f"test_{name}": of[k] for name, of in metrics.items()} for k in metrics["auc"]}
+    found = {"dataset_name": f"it_{problem}", **{f"llm_test_{name}": row.control["dense"][name] for name in metrics}}
     for k in (k for k in by_k if k in ("1", "2", "5")):  # SAEBench has no field for k = 16
         found |= {f"sae_top_{k}_{name}": value for name, value in by_k[k].items()}
     return found | {"sae_metrics_by_k": by_k}
 
 
-def _beside(score: ProblemScore) -> dict[str, Any]:
-    chance = score.own["permuted"]
+def _beside(row: Any) -> dict[str, Any]:
+    chance = row.own["permuted"]
     return {
-        "seeds": score.own["auc"],
-        "twin": score.means("twin"),
-        "permuted": {"mean": float(np.mean(chance)), "most": max(chance)},
-        "interval_16": score.own["interval"]["16"],
-        "controls": {key: value["auc"] for key, value in score.control.items() if isinstance(value, dict)},
-        "n_test": score.control["n_test"],
-        "majority": score.control["majority"],
+        "seeds": row.own["auc"],
+        "twin": means(row.own, "twin"),
+        "permuted": {"mean": sum(chance) / len(chance), "most": max(chance)},
+        "interval_16": row.own["interval"]["16"],
+        "controls": {key: value["auc"] for key, value in row.control.items() if isinstance(value, dict)},
+        "n_test": row.control["n_test"],
+        "majority": row.control["majority"],
     }

@@ -11,9 +11,11 @@ a test score. The same code fits the dense probes (l2, standardised, four values
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +49,11 @@ ENCODERS = {
     "form": partial(TfidfVectorizer, **N_GRAMS),
     "tokens": partial(OneHotEncoder, handle_unknown="ignore"),
     "dense": StandardScaler,
+    "embedded": StandardScaler,
+}
+SOLVERS: dict[str, Any] = {  # liblinear's intercept is penalised, hardly so when it is scaled
+    "l1": {"l1_ratio": 1.0, "solver": "liblinear", "intercept_scaling": 100, "random_state": 0},
+    "l2": {"max_iter": 100},
 }
 CONTEXT = 128  # tokens of a text at most, BOS counted
 PART = 32  # batches of a file
@@ -123,54 +130,59 @@ def _compute(model: Any, hook_name: str, acts: Activations) -> None:
 # --- pooling ----------------------------------------------------------------------------------------------------------
 
 
+def tokens_read(text: str, spans: Int[np.ndarray, "tokens 2"], where: int) -> Int[np.ndarray, " read"]:
+    """Return the tokens whose mean a point is: of a text all or the last, of a word that which completes it, if any does."""
+    if where >= 0:
+        word = Word(text.rfind(" ", 0, where) + 1, where, frozenset())
+        last = last_tokens(Sentence(text, [word], True), spans)
+        return last[last >= 0]
+    tokens = np.flatnonzero(spans[:, 1] <= stop(text))
+    tokens = tokens if len(tokens) else np.zeros(1, dtype=np.int64)
+    return tokens[-1:] if where == LAST_OF else tokens
+
+
 class Pooling:
     """Points (text, where) as rows of P; those whose word lies beyond the context are absent."""
 
-    def __init__(self, acts: Activations, texts: Sequence[str], points: Sequence[Point]):
-        self.acts, self.rows = acts, {}
-        by_text: dict[int, list[int]] = {}
+    def __init__(self, acts: Activations, texts: Sequence[str], points: Iterable[Point]):
+        self.acts, self.rows, self._pools = acts, {}, []
+        wheres: dict[int, list[int]] = defaultdict(list)
         for text, where in points:
-            by_text.setdefault(text, []).append(where)
-        self._of_part: list[scipy.sparse.csr_array] = []
-        ids: list[tuple[int, int]] = []
+            wheres[text].append(where)
+        ids: list[tuple[Any, Any]] = []
         for inside, _ in acts.parts():
-            cells: list[tuple[int, int, float]] = []
-            offset, first = 0, len(self.rows)
+            read: list[Int[np.ndarray, " tokens"]] = []
+            offset = 0
             for text in inside:
-                for where, tokens in self._tokens(texts[text], text, by_text.get(text, ())):
-                    row = self.rows[text, where] = len(self.rows)
-                    cells += [(row - first, offset + token, 1 / len(tokens)) for token in tokens]
-                    last = tokens[-1]
-                    ids.append((acts.ids[text][last], acts.ids[text][last - 1] if last else -1))
-                offset += len(acts.ids[text])
-            row, column, value = (np.array(part) for part in (zip(*cells, strict=True) if cells else ((), (), ())))
-            shape = (len(self.rows) - first, offset)
-            self._of_part.append(scipy.sparse.csr_array((value.astype(np.float32), (row, column)), shape))
+                own = acts.ids[text]
+                for where in wheres[text]:
+                    tokens = tokens_read(texts[text], acts.spans[text], where)
+                    if len(tokens):
+                        self.rows[text, where] = len(self.rows)
+                        read.append(tokens + offset)
+                        ids.append((own[tokens[-1]], own[tokens[-1] - 1] if tokens[-1] else -1))
+                offset += len(own)
+            sizes = np.array([len(tokens) for tokens in read], dtype=np.int64)
+            columns = np.fromiter(chain.from_iterable(read), dtype=np.int64)
+            shares = np.repeat(1 / sizes, sizes).astype(np.float32)
+            cells = shares, columns, np.r_[0, sizes.cumsum()]
+            self._pools.append(scipy.sparse.csr_array(cells, shape=(len(sizes), offset)))
         self.ids: Int[np.ndarray, "points 2"] = np.array(ids, dtype=np.int64).reshape(-1, 2)  # last token, and its left
-
-    def _tokens(self, text: str, index: int, wheres: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-        """Yield each place and the tokens that make its vector; none for a word beyond the context."""
-        spans, ends = self.acts.spans[index], [where for where in wheres if where >= 0]
-        words = [Word(text.rfind(" ", 0, end) + 1, end, frozenset()) for end in ends]
-        last = last_tokens(Sentence(text, words, True), spans) if words else []
-        yield from ((end, [int(token)]) for end, token in zip(ends, last, strict=True) if token >= 0)
-        read = [int(token) for token in np.flatnonzero(spans[:, 1] <= stop(text))] or [0]
-        yield from ((where, read[-1:] if where == LAST_OF else read) for where in set(wheres) - set(ends))
 
     def dense(self) -> Float[np.ndarray, "points d_in"]:
         """Return the pooled activations."""
-        return np.concatenate([pool @ x for pool, (_, x) in zip(self._of_part, self.acts.parts(), strict=True)])
+        return np.concatenate([pool @ x for pool, (_, x) in zip(self._pools, self.acts.parts(), strict=True)])
 
     def embedded(self, embeddings: Float[np.ndarray, "vocabulary d"]) -> Float[np.ndarray, "points d"]:
         """Return the pooled rows of the model's embedding matrix."""
-        parts, ids = zip(self._of_part, self.acts.parts(), strict=True), self.acts.ids
+        parts, ids = zip(self._pools, self.acts.parts(), strict=True), self.acts.ids
         tokens = ((pool, np.concatenate([ids[text] for text in inside])) for pool, (inside, _) in parts)
         return np.concatenate([pool @ embeddings[own] for pool, own in tokens])
 
     def latents(self, sae: Any, what: str) -> scipy.sparse.csr_array:
         """Return the pooled latents [points, d_sae]. Raises: UsageError when the SAE reads another width."""
-        found, parts = [], zip(self._of_part, self.acts.parts(), strict=True)
-        for pool, (_, x) in progress(what, parts, total=len(self._of_part), unit="part"):
+        found, parts = [], zip(self._pools, self.acts.parts(), strict=True)
+        for pool, (_, x) in progress(what, parts, total=len(self._pools), unit="part"):
             used = np.flatnonzero(np.diff(pool.tocsc().indptr))  # tokens no point needs are not encoded
             if len(used):
                 found.append(scipy.sparse.csr_array(pool[:, used] @ encode_words(sae, x[used])))
@@ -223,28 +235,20 @@ def ranked(x: scipy.sparse.csr_array, y: Bool[np.ndarray, " n"], most: int) -> I
     return np.argsort(-difference, kind="stable")[:most]
 
 
-def _classifier(penalty: str, c: float) -> Any:
-    if penalty == "l1":  # liblinear's intercept is penalised, hardly so when it is scaled
-        return LogisticRegression(
-            C=c, l1_ratio=1.0, solver="liblinear", intercept_scaling=100, tol=1e-3, random_state=0
-        )
-    return LogisticRegression(C=c, max_iter=100, tol=1e-3)
-
-
 def fitted(x: Any, y: Bool[np.ndarray, " n"], penalty: str = "l1", grid: Sequence[float] = GRID) -> Any:
     """Return a logistic regression with the C of best validation AUC: folds for few rows, else the last fifth."""
-    if len(y) < FEW:
-        folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(np.zeros(len(y)), y))
-    else:
-        held = np.arange(len(y)) >= len(y) - min(len(y) // 5, 100)
-        folds = [(np.flatnonzero(~held), np.flatnonzero(held))]
+    rows, n_fit = np.arange(len(y)), len(y) - min(len(y) // 5, 100)
+    few = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    folds = list(few.split(rows, y)) if len(y) < FEW else [(rows[:n_fit], rows[n_fit:])]
+    models = [LogisticRegression(C=c, tol=1e-3, **SOLVERS[penalty]) for c in grid]
+
+    def auc(model: Any, fit: Int[np.ndarray, " rows"], held: Int[np.ndarray, " rows"]) -> float:
+        return auc_parts(model.fit(x[fit], y[fit]).decision_function(x[held]), y[held])[0]
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an unscaled latent may need more steps than there are
-        scores = np.zeros(len(grid))
-        for (fit, check), (place, c) in ((fold, each) for fold in folds for each in enumerate(grid)):
-            model = _classifier(penalty, c).fit(x[fit], y[fit])
-            scores[place] += auc_parts(model.decision_function(x[check]), y[check])[0]
-        return _classifier(penalty, grid[int(scores.argmax())]).fit(x, y)
+        scores = [sum(auc(model, *fold) for fold in folds) for model in models]
+        return models[int(np.argmax(scores))].fit(x, y)
 
 
 def sparse_probes(latents: Examples, sizes: Sequence[int] = SIZES) -> dict[int, Judged]:
@@ -256,12 +260,14 @@ def sparse_probes(latents: Examples, sizes: Sequence[int] = SIZES) -> dict[int, 
 
 
 def control_probe(kind: str, given: Examples) -> Judged:
-    """Return how a probe judges that sees no latents: `dense`, all dimensions, standardised, or what form gives away.
+    """Return how a probe judges that sees no latents: vectors whole, standardised, or what form gives away.
 
     `form`: n-grams of the characters of words or texts. `tokens`: the last token and its left neighbour, ids [n, 2].
+    `dense`, `embedded`: all dimensions of activations, of embeddings.
     """
     encoder = ENCODERS[kind]()
-    model = fitted(encoder.fit_transform(given.x), given.y, "l2", DENSE_GRID if kind == "dense" else CONTROL_GRID)
+    grid = CONTROL_GRID if kind in ("form", "tokens") else DENSE_GRID
+    model = fitted(encoder.fit_transform(given.x), given.y, "l2", grid)
     return judge(model.decision_function(encoder.transform(given.w)), given.truth)
 
 

@@ -5,15 +5,16 @@ it was, and a further SAE costs its own encoding alone.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of, paced
@@ -23,7 +24,7 @@ from sae_italian.base.units import PROCESSORS, map_units
 from sae_italian.benchmark import probes
 from sae_italian.benchmark.material import Material
 from sae_italian.benchmark.probes import Activations, Point, Pooling, model_identity, read_texts
-from sae_italian.benchmark.tasks import LEAST, TEST, TRAIN, Plan, ProbingTask, Problem, draw, plan
+from sae_italian.benchmark.tasks import LEAST, TEST, TRAIN, Plan, ProbingTask, Problem, plan
 from sae_italian.corpora.stream import mixture
 from sae_italian.saes import check_fits, hooks_of, weights_hash
 from sae_italian.saes.baselines import CALIBRATION_TOKENS, random_twin
@@ -33,7 +34,6 @@ Baselines = Callable[[Any, torch.Tensor], Mapping[str, Any]]  # from an SAE and 
 EXPLORATORY = 40  # examples in test: fewer say little
 QUICK = (300, 200)  # examples of a task in the quick preset, train and test
 HEADLINE = (1, 16)  # k's whose influence by document is kept, for comparisons of SAEs
-Sides = tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]  # items drawn for training, for test
 
 
 class Bench:
@@ -45,112 +45,102 @@ class Bench:
         acts: Activations,
         embeddings: Float[np.ndarray, "vocabulary d"],
         planned: Plan,
-        most: tuple[int, int] = (TRAIN, TEST),
-        n_seeds: int = 5,
         n_permuted: int = 20,
     ):
-        self.folder, self.embeddings, self.n_permuted = folder, embeddings, n_permuted
-        self.texts = planned.texts
-        raw = {p.name: [draw(p.items, seed, most=most) for seed in range(n_seeds)] for p in planned.problems}
+        self.folder, self.embeddings, self.n_permuted, self.texts = folder, embeddings, n_permuted, planned.texts
         points: dict[Point, None] = {}
         for problem in planned.problems:
             where = problem.points()
-            drawn = np.concatenate([side for found in raw[problem.name] for side in found])
-            points |= dict.fromkeys(where[i] for i in drawn.tolist())
-        self.pooling = Pooling(acts, planned.texts, list(points))
-        self.problems: list[Problem] = []
-        self.draws: dict[str, list[Sides]] = {}  # by problem and seed, without words beyond the context
-        self.rows: dict[str, Int[np.ndarray, " items"]] = {}  # by problem, of the pooling
+            points |= dict.fromkeys(
+                where[i] for i in np.concatenate([side for both in problem.draws for side in both]).tolist()
+            )
+        self.pooling = Pooling(acts, planned.texts, points)
+        self.problems: list[Problem] = []  # their draws without words beyond the context
         self.refused = list(planned.refused)
         for problem in planned.problems:
             row = np.array([self.pooling.rows.get(point, -1) for point in problem.points()], dtype=np.int64)
-            draws = [(train[row[train] >= 0], test[row[test] >= 0]) for train, test in raw[problem.name]]
-            answers = [problem.answer[side] for found in draws for side in found]
-            if min(min(y.sum(), (~y).sum()) for y in answers) < LEAST:
-                self.refused.append(f"{problem.task.id}: < {LEAST} (n_ctx)")  # their words lie beyond the context
-                continue
-            self.rows[problem.name], self.draws[problem.name] = row, draws
-            self.problems.append(problem)
+            draws = [(train[row[train] >= 0], test[row[test] >= 0]) for train, test in problem.draws]
+            if min(np.bincount(problem.answer[side], minlength=2).min() for both in draws for side in both) < LEAST:
+                self.refused.append(f"{problem.task.id}: < {LEAST} (n_ctx)")
+            else:
+                self.problems.append(problem._replace(items=problem.items.assign(row=row), draws=draws))
 
     def examples(self, problem: Problem, vectors: Any, seed: int = 0) -> probes.Examples:
         """Return a draw of a problem as rows of an array, or a sparse one, that has a row for each point."""
-        (train, test), row, y = self.draws[problem.name][seed], self.rows[problem.name], problem.answer
+        (train, test), row, y = problem.draws[seed], problem.items.row.to_numpy(), problem.answer
         return probes.Examples(vectors[row[train]], y[train], vectors[row[test]], y[test])
 
     def controls(self) -> None:
         """Find what form, token identity, activations and embeddings give, for every problem that has no file yet."""
-        if todo := self._todo("controls"):
-            dense, embedded = self.pooling.dense(), self.pooling.embedded(self.embeddings)
-            self._write("controls", "controls", todo, lambda problem: self._control(problem, dense, embedded))
+        pooling = self.pooling
+        self._write("controls", "controls", lambda: (pooling.dense(), pooling.embedded(self.embeddings)), self._control)
 
-    def _control(self, problem: Problem, dense: np.ndarray, embedded: np.ndarray) -> dict[str, Any]:
-        forms = ([problem.items[i].form for i in side] for side in self.draws[problem.name][0])
+    def _control(
+        self, problem: Problem, dense: Float[np.ndarray, "points d"], embedded: Float[np.ndarray, "points d"]
+    ) -> dict[str, Any]:
         ids, x, e = (self.examples(problem, each) for each in (self.pooling.ids, dense, embedded))
-        found = {
-            "form": probes.control_probe("form", ids._replace(x=next(forms), w=next(forms))),
-            "tokens": probes.control_probe("tokens", ids),
-            "dense": probes.control_probe("dense", x),
-            "embedded": probes.control_probe("dense", e),
-        }
+        form, told = (problem.items.form.to_numpy()[side] for side in problem.draws[0])
+        given = {"form": ids._replace(x=form, w=told), "tokens": ids, "dense": x, "embedded": e}
+        judged = {name: probes.control_probe(name, each) for name, each in given.items()}
+        scores = {name: {"auc": j.auc, "accuracy": j.accuracy, "f1": j.f1} for name, j in judged.items()}
         majority = max(problem.frequency, 1 - problem.frequency)
-        counts = {"n_train": len(ids.y), "n_test": len(ids.truth), "majority": majority}
-        scores = {name: {"auc": j.auc, "accuracy": j.accuracy, "f1": j.f1} for name, j in found.items()}
-        return scores | counts | {"exploratory": len(ids.truth) // 2 < EXPLORATORY}
+        counts = {"n_train": len(form), "n_test": len(told), "majority": majority}
+        return {**scores, **counts, "exploratory": len(told) // 2 < EXPLORATORY}
 
     def score(self, name: str, folder: str, sae: Any, twin: Any) -> None:
         """Probe an SAE's latents and its random twin's on every problem that has no result in its folder yet."""
-        if todo := self._todo(folder):
-            z, other = (self.pooling.latents(each, f"{name}: latents") for each in (sae, twin))
-            self._write(folder, f"{name}: probes", todo, lambda problem: self._score(problem, z, other))
+        both = (self.pooling.latents(each, f"{name}: latents") for each in (sae, twin))
+        self._write(folder, f"{name}: probes", lambda: both, self._score)
 
     def _score(self, problem: Problem, z: scipy.sparse.csr_array, twin: scipy.sparse.csr_array) -> dict[str, Any]:
-        draws = self.draws[problem.name]
-        documents = np.array(problem.documents)
+        ours, theirs, match = [], [], []
+        for seed in range(len(problem.draws)):
+            own, other = (self.examples(problem, latents, seed) for latents in (z, twin))
+            ours.append(probes.sparse_probes(own))
+            theirs.append(probes.sparse_probes(other, HEADLINE))
+            match.append([probes.matched(each, problem.frequency) for each in (own, other)])
 
-        def each(latents: scipy.sparse.csr_array) -> Iterator[probes.Examples]:
-            return (self.examples(problem, latents, seed) for seed in range(len(draws)))
+        def by_k(judged: Sequence[dict[int, probes.Judged]], what: str) -> dict[str, list[Any]]:
+            return {str(k): [getattr(one[k], what) for one in judged] for k in judged[0]}
 
-        ours = [probes.sparse_probes(drawn) for drawn in each(z)]
-        theirs = [probes.sparse_probes(drawn, HEADLINE) for drawn in each(twin)]
-        chance = probes.permuted(next(each(z)), self.n_permuted, 0)
-        found: dict[str, Any] = {"permuted": chance, "interval": {}, "influence": {}}
-        for key, values in (("auc", ours), ("twin", theirs)):
-            found[key] = {str(k): [one[k].auc for one in values] for k in values[0]}
-        pairs = zip(each(z), each(twin), strict=True)
-        found["match"] = [[probes.matched(drawn, problem.frequency) for drawn in pair] for pair in pairs]
-        for key in ("accuracy", "f1"):
-            found[key] = {str(k): float(np.mean([getattr(one[k], key) for one in ours])) for k in ours[0]}
-        for k in HEADLINE:
-            where = np.unique(documents[draws[0][1]], return_inverse=True)[1]
-            interval = auroc_by_document(ours[0][k].score, problem.answer[draws[0][1]], where)
-            found["interval"][str(k)] = interval.finite()[1:]
-            found["influence"][str(k)] = _influence(documents, draws, [one[k] for one in ours])
-        return found
+        test, documents = problem.draws[0][1], problem.items.document.to_numpy()
+        where = np.unique(documents[test], return_inverse=True)[1]
+        scores = ((str(k), ours[0][k].score) for k in HEADLINE)
+        intervals = {k: auroc_by_document(score, problem.answer[test], where).finite()[1:] for k, score in scores}
+        tested = [documents[each] for _, each in problem.draws]
+        parts = by_k(ours, "parts")
+        found = {
+            "permuted": probes.permuted(self.examples(problem, z), self.n_permuted, 0),
+            "interval": intervals,
+            "influence": {k: _influence(tested, parts[k]) for k in intervals},
+            "auc": by_k(ours, "auc"),
+            "twin": by_k(theirs, "auc"),
+            "match": match,
+        }
+        means = ((what, by_k(ours, what).items()) for what in ("accuracy", "f1"))
+        return found | {what: {k: float(np.mean(values)) for k, values in some} for what, some in means}
 
-    def _file(self, name: str, problem: Problem) -> Path:
-        return self.folder / name / f"results.{problem.name}.json"
-
-    def _todo(self, name: str) -> list[Problem]:
-        return [problem for problem in self.problems if not self._file(name, problem).is_file()]
-
-    def _write(self, name: str, what: str, todo: Sequence[Problem], judge: Callable[[Problem], Any]) -> None:
-        """Write a file for each problem, by processes that share what this one has read."""
+    def _write(
+        self, name: str, what: str, vectors: Callable[[], Iterable[Any]], judge: Callable[..., dict[str, Any]]
+    ) -> None:
+        """Write what `judge` finds of each problem that has no file, by processes that share what `vectors` has read."""
+        files = [(self.folder / name / f"results.{problem.name}.json", problem) for problem in self.problems]
+        todo = [(file, problem) for file, problem in files if not file.is_file()]
+        read = list(vectors()) if todo else []
 
         def one(number: int) -> None:
-            write_json(self._file(name, todo[number]), judge(todo[number]))
+            file, problem = todo[number]
+            write_json(file, judge(problem, *read))
 
         done = map_units(one, range(len(todo)), workers=PROCESSORS, fork=True)
         for _ in paced(done, what, len(todo), "task"):
             pass
 
 
-def _influence(documents: np.ndarray, draws: Sequence[Sides], judged: Sequence[probes.Judged]) -> dict[str, float]:
+def _influence(documents: Sequence[np.ndarray], parts: Sequence[np.ndarray]) -> dict[str, float]:
     """Return each document's influence on the AUC, the mean over seeds."""
-    total: dict[str, float] = {}
-    for (_, test), one in zip(draws, judged, strict=True):
-        for document, part in zip(documents[test], one.parts, strict=True):
-            total[str(document)] = total.get(str(document), 0.0) + float(part) / len(draws)
-    return {document: round(part, 7) for document, part in total.items()}
+    found: Any = pd.Series(np.concatenate(parts)).groupby(np.concatenate(documents), sort=False).sum()
+    return (found / len(parts)).round(7).to_dict()
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -198,7 +188,7 @@ def benchmark(
     """
     hooks = {name: check_sae(name, sae, model) for name, sae in saes.items()}
     most = QUICK if quick else (TRAIN, TEST)
-    planned = plan(material, tasks, most)
+    planned = plan(material, tasks, most, n_seeds)
     if not planned.problems:
         few = "; ".join(["too few balanced examples a class", *planned.refused[:3]])
         raise UsageError(f"no task can be run: {few if planned.refused else 'none was asked for'}.")
@@ -212,7 +202,7 @@ def benchmark(
             mine = {name: sae for name, sae in saes.items() if hooks[name] == hook}
             with one_of(len(set(hooks.values()))):
                 acts = read_texts(model, hook, planned.texts, out / hook / "activations")
-                bench = Bench(out / hook, acts, table, planned, most, n_seeds, 5 if quick else 20)
+                bench = Bench(out / hook, acts, table, planned, 5 if quick else 20)
                 facts = _scored(bench, mine, baselines)
             told["hooks"][hook] = _size(bench)
             told["saes"] |= {name: {**one, "hook": hook} for name, one in facts.items()}

@@ -2,30 +2,32 @@
 
 A draw is balanced, so that chance is an AUC and an accuracy of 0.5: as many without as with the property, on either
 side of the split, and where the task says so within each value of a fact (the form, the length of a sentence).
+Possible examples are rows of a table: where they stand, the answer, and what they are balanced within.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Int
 from pydantic import BaseModel, ConfigDict
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import read_yaml
-from sae_italian.benchmark.material import Material, Passage, PlacedWord, is_test
+from sae_italian.benchmark.material import Material, Passage, is_test
 
 LEAST = 20  # examples of the rarer class, on either side
 TRAIN, TEST = 1024, 600  # examples at most
 MEAN, LAST, WORD, TEXT = "mean", "last", "word", "text"
-WHOLE = -1  # where a word ends, of a whole text
 MEAN_OF, LAST_OF = -1, -2  # where a text is read, in place of where a word ends
+WHERE = {MEAN: MEAN_OF, LAST: LAST_OF}
 Rule = dict[str, Any]
+Items = Any  # a DataFrame of possible examples: text, document, test, end, form, answer, value, and `read`, the text's number
+Sides = tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]  # numbers of the items for training, for test
 
 
 class ProbingTask(BaseModel):
@@ -52,17 +54,6 @@ class ProbingTask(BaseModel):
     def problems(self) -> tuple[str, ...]:
         """How an example becomes a vector: at the word's token, or the mean and the last token of a text."""
         return self.poolings or ((WORD,) if self.unit == WORD else (MEAN, LAST))
-
-
-class Item(NamedTuple):
-    """One possible example."""
-
-    passage: int  # of its source
-    end: int  # where its word ends, or WHOLE
-    answer: bool
-    test: bool
-    value: str  # of the fact within which classes are balanced
-    form: str  # what a reader of form alone sees
 
 
 def read_tasks(values: Mapping[str, Any], known: Mapping[str, Collection[str]] | None = None) -> Iterator[ProbingTask]:
@@ -102,117 +93,98 @@ def chosen(tasks: Sequence[ProbingTask], preset: str, names: str) -> list[Probin
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def _matches(value: str | None, pattern: str) -> bool:
-    """Return whether a fact is there and matches whole."""
-    return value is not None and re.fullmatch(pattern, value) is not None
-
-
 class SourceTable:
-    """The passages of one source, and the facts of them and of all their words."""
+    """The texts of one source and all their words, a row each with what an example of it would be, and their facts."""
 
     def __init__(self, passages: Sequence[Passage]):
-        self.passages = passages
-        self._column = cache(self._coded)
-        words = [(i, word) for i, passage in enumerate(passages) for word in passage.words]
-        texts = [(i, PlacedWord(0, WHOLE, passage.facts)) for i, passage in enumerate(passages)]
-        self._places = {WORD: words, TEXT: texts}  # each in the passage of that number
+        texts = [(i, *p[:3], MEAN_OF, p.text, p.facts) for i, p in enumerate(passages)]
+        words = [
+            (i, *p[:3], word.end, p.text[word.start : word.end], word.facts)
+            for i, p in enumerate(passages)
+            for word in p.words
+        ]
+        # as objects: texts are referred to, not copied for each word of theirs
+        columns, types = ("passage", "text", "document", "test", "end", "form", "facts"), {"passage": int, "test": bool}
+        rows = {TEXT: texts, WORD: words}
+        self._rows = {unit: pd.DataFrame(of, columns=columns, dtype=object).astype(types) for unit, of in rows.items()}
+        self._values = cache(self._fact)
 
-    def _coded(self, unit: str, name: str) -> tuple[list[str | None], Int[np.ndarray, " places"]]:
-        """Return the values of a fact, and which one each place has: a rule asks every value once."""
-        codes: dict[str | None, int] = {}
-        which = [codes.setdefault(place.facts.get(name), len(codes)) for _, place in self._places[unit]]
-        return [*codes], np.array(which, dtype=np.int64)
+    def _fact(self, unit: str, name: str) -> pd.Categorical:
+        """Return a fact of all rows by its values, so that a rule asks each of these once."""
+        return pd.Categorical([facts.get(name) for facts in self._rows[unit].facts])
 
-    def holds(self, rule: Rule, unit: str) -> Bool[np.ndarray, " places"]:
-        """Return where all facts match; of texts, `some` and `none` ask for a word that does, and for none."""
-        found = np.ones(len(self._places[unit]), dtype=bool)
+    def holds(self, rule: Rule, unit: str) -> Bool[np.ndarray, " rows"]:
+        """Return where all facts match whole; of texts, `some` and `none` ask for a word that does, and for none."""
+        rows = self._rows[unit]
+        found = np.ones(len(rows), dtype=bool)
         for name, wanted in rule.items():
             if name in ("some", "none"):
-                matching = np.flatnonzero(self.holds(wanted, WORD)).tolist()
-                inside = {self._places[WORD][number][0] for number in matching}
-                found &= [(i in inside) == (name == "some") for i, _ in self._places[unit]]
+                inside = self._rows[WORD].passage[self.holds(wanted, WORD)]
+                found &= rows.passage.isin(inside) == (name == "some")
             else:
-                values, codes = self._column(unit, name)
-                found &= np.array([_matches(value, wanted) for value in values], dtype=bool)[codes]
+                values: Any = self._values(unit, name)
+                found &= values.isin([value for value in values.categories if re.fullmatch(wanted, value)])
         return found
 
-    def items(self, task: ProbingTask) -> list[Item]:
-        """Return every example of a task: places it is about that are positive, and those that are negative."""
+    def items(self, task: ProbingTask) -> Items:
+        """Return every example of a task, the rows it is about that are positive or negative, with `answer` and `value`.
+
+        Of a fact by which the sides are kept `apart` (the lemma), a value that is on both goes to one.
+        """
         among, positive = (self.holds(rule, task.unit) for rule in (task.among, task.positive))
         negative = self.holds(task.negative, task.unit) if task.negative else ~positive
-        items, sides = [], {}
-        for number in np.flatnonzero(among & (positive | negative)).tolist():
-            index, place = self._places[task.unit][number]
-            passage, value = self.passages[index], place.facts.get(task.within, "")
-            form = passage.text if place.end == WHOLE else passage.text[place.start : place.end]
-            items.append(Item(index, place.end, bool(positive[number]), passage.test, value, form))
-            sides.setdefault(place.facts.get(task.apart, ""), []).append(len(items) - 1)
-        return _apart(items, sides) if task.apart else items
+        asked = among & (positive | negative)
+        found: Items = self._rows[task.unit][asked].assign(answer=positive[asked])
+        found["value"], apart = ([facts.get(name, "") for facts in found.facts] for name in (task.within, task.apart))
+        if task.apart:
+            on_both = found.groupby(apart).test.transform("nunique") == 2
+            side = np.where(on_both, [is_test(value, 2) for value in apart], found.test)
+            found = found[found.test == side]
+        return found.reset_index(drop=True)
 
 
-def _apart(items: list[Item], by_value: Mapping[str, list[int]]) -> list[Item]:
-    """Return the items without those whose value (a lemma) belongs to the other side; a value of both goes to one."""
-    kept = []
-    for value, numbers in by_value.items():
-        tested = {items[number].test for number in numbers}
-        side = is_test(value, 2) if len(tested) == 2 else tested.pop()
-        kept += [number for number in numbers if items[number].test == side]
-    return [items[number] for number in sorted(kept)]
-
-
-def shortage(task: ProbingTask, items: Sequence[Item]) -> str:
+def shortage(task: ProbingTask, items: Items) -> str:
     """Return what a task has too few balanced examples a class for, in figures: `rara: 14 < 20 (test)`."""
     for test in (False, True):
-        n = n_balanced([item for item in items if item.test == test])
+        n = n_balanced(items[items.test == test])
         if n < task.least:
             return f"{task.id}: {n} < {task.least} ({'test' if test else 'train'})"
     return ""
 
 
-def n_balanced(items: Sequence[Item]) -> int:
+def n_balanced(items: Items) -> int:
     """Return how many of each class there are when classes are balanced within the task's fact."""
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for item in items:
-        counts[item.value][item.answer] += 1
-    return sum(map(min, counts.values()))
+    counts = items.groupby("value").answer.agg(["sum", "size"])
+    return int(np.minimum(counts["sum"], counts["size"] - counts["sum"]).sum())
 
 
 def draw(
-    items: Sequence[Item],
-    seed: int,
-    wanted: Bool[np.ndarray, " n"] | None = None,
-    most: tuple[int, int] = (TRAIN, TEST),
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
+    items: Items, seed: int, wanted: Bool[np.ndarray, " n"] | None = None, most: tuple[int, int] = (TRAIN, TEST)
+) -> Sides:
     """Return the numbers of balanced examples for training and for test; those that are `wanted` (of texts already read) come first."""
     order = np.random.default_rng(seed).permutation(len(items))
     if wanted is not None:
         order = order[np.argsort(~wanted[order], kind="stable")]
-    rank = {index: place for place, index in enumerate(order.tolist())}
-    sides = []
-    for test, limit in zip((False, True), most, strict=True):
-        cells: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-        for index in rank:
-            if items[index].test == test:
-                cells[items[index].value][items[index].answer].append(index)
-        pairs = [pair for no, yes in cells.values() for pair in zip(no, yes, strict=False)]
-        pairs.sort(key=lambda pair: max(rank[pair[0]], rank[pair[1]]))
-        sides.append(np.array(pairs[: limit // 2], dtype=np.int64).reshape(-1))
-    shuffled = np.random.default_rng(seed + 1).permutation(len(sides[0]))  # the last rows choose C
-    return sides[0][shuffled], sides[1]
+    ranked = items[["test", "value", "answer"]].iloc[order].assign(number=order, rank=range(len(order)))
+    ranked["nth"] = ranked.groupby(["test", "value", "answer"]).cumcount()
+    no, yes = (ranked[ranked.answer == answer] for answer in (False, True))
+    pairs = no.merge(yes, on=["test", "value", "nth"])
+    pairs = pairs.iloc[np.argsort(np.maximum(pairs.rank_x, pairs.rank_y))]
+    numbers, test = pairs[["number_x", "number_y"]].to_numpy(dtype=np.int64), pairs.test.to_numpy()
+    train, judged = (numbers[test == side][: most[side] // 2].ravel() for side in (False, True))
+    return np.random.default_rng(seed + 1).permutation(train), judged  # the last rows of training choose C
 
 
 # --- which texts are read ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A task read in one way, with the examples it may draw."""
+class Problem(NamedTuple):
+    """A task read in one way, the examples it may draw, and what each seed draws."""
 
     task: ProbingTask
     pooling: str
-    items: list[Item]
-    texts: list[int]  # of each item, among all texts
-    documents: list[str]
+    items: Items
+    draws: list[Sides]
     frequency: float  # of yes among all that are possible: what is read holds more of what is rare
 
     @property
@@ -220,20 +192,18 @@ class Problem:
         """The name of its files."""
         return re.sub(r"[^\w-]+", "-", f"{self.task.id}-{self.pooling}")
 
-    @cached_property
+    @property
     def answer(self) -> Bool[np.ndarray, " items"]:
         """The answer to each item."""
-        return np.array([item.answer for item in self.items], dtype=bool)
+        return self.items.answer.to_numpy(dtype=bool)
 
     def points(self) -> list[tuple[int, int]]:
         """Return where each item is read."""
-        where = {MEAN: MEAN_OF}.get(self.pooling, LAST_OF)
-        own = [item.end if self.pooling == WORD else where for item in self.items]
-        return list(zip(self.texts, own, strict=True))
+        ends = self.items.end if self.pooling == WORD else [WHERE[self.pooling]] * len(self.items)
+        return list(zip(self.items.read, ends, strict=True))
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Which problems are run on which texts, and which tasks are refused and why."""
 
     problems: list[Problem]
@@ -241,27 +211,23 @@ class Plan:
     refused: list[str]
 
 
-def plan(material: Material, tasks: Sequence[ProbingTask], most: tuple[int, int] = (TRAIN, TEST)) -> Plan:
+def plan(
+    material: Material, tasks: Sequence[ProbingTask], most: tuple[int, int] = (TRAIN, TEST), n_seeds: int = 5
+) -> Plan:
     """Choose the texts that are read: the rarest tasks draw first, the others prefer what is then read anyway."""
-    found: dict[str, tuple[ProbingTask, list[Item], Sequence[Passage]]] = {}
-    refused, sources = [], {name: SourceTable(passages) for name, passages in material.passages.items()}
-    for task in tasks:
-        passages = material.passages.get(task.source, [])
-        items = sources[task.source].items(task) if passages else []
-        if why := shortage(task, items):
-            refused.append(why)
-        else:
-            found[task.id] = task, items, passages
-    texts: dict[str, int] = {}
-    for _, items, passages in sorted(found.values(), key=lambda one: n_balanced(one[1])):
-        read = np.array([passages[item.passage].text in texts for item in items])
-        for index in np.concatenate(draw(items, 0, read, most)).tolist():
-            texts.setdefault(passages[items[index].passage].text, len(texts))
+    sources = {name: SourceTable(material.passages.get(name, [])) for name in {task.source for task in tasks}}
+    items = {task.id: sources[task.source].items(task) for task in tasks}
+    short = {task.id: shortage(task, items[task.id]) for task in tasks}
+    found = [(task, items[task.id]) for task in tasks if not short[task.id]]
+    texts: list[str] = []
+    for _, some in sorted(found, key=lambda one: n_balanced(one[1])):
+        drawn = np.concatenate(draw(some, 0, some.text.isin(texts).to_numpy(), most))
+        texts = list(dict.fromkeys([*texts, *some.text.iloc[drawn]]))
+    number = {text: i for i, text in enumerate(texts)}
     problems = []
-    for task, items, passages in found.values():
-        kept = [item for item in items if passages[item.passage].text in texts]
-        numbers = [texts[passages[item.passage].text] for item in kept]
-        documents = [passages[item.passage].document for item in kept]
-        frequency = float(np.mean([item.answer for item in items]))
-        problems += [Problem(task, pooling, kept, numbers, documents, frequency) for pooling in task.problems]
-    return Plan(problems, list(texts), refused)
+    for task, some in found:
+        read = some[some.text.isin(texts)].reset_index(drop=True)
+        read["read"] = read.text.map(number)
+        draws = [draw(read, seed, most=most) for seed in range(n_seeds)]
+        problems += [Problem(task, pooling, read, draws, float(some.answer.mean())) for pooling in task.problems]
+    return Plan(problems, texts, [why for why in short.values() if why])

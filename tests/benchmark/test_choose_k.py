@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import torch
 
-from sae_italian.benchmark.choose_k import SHARES, Trial, projections, recommend
+from sae_italian.benchmark.choose_k import SHARES, projections, recommend
 from sae_italian.cli import main
 
 
-def trial(k: int, seed: int, *values: float) -> Trial:
-    return Trial(k, seed, k, 0.5, 0.0, dict(zip(SHARES, values, strict=True)), {"sparse 1": 0.7, "sparse 20": 0.8})
+def trial(k: int, seed: int, *values: float) -> dict:
+    told = {"l0": k, "explained_variance": 0.5, "dead": 0.0, "auroc": {"sparse 1": 0.7, "sparse 20": 0.8}}
+    return {"k": k, "seed": seed, **told, "projections": dict(zip(SHARES, values, strict=True))}
 
 
 def test_the_projection_is_the_nth_largest_entry():

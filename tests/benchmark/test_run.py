@@ -4,17 +4,17 @@ import copy
 import json
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
+import pandas as pd
 import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, run, saebench
-from sae_italian.benchmark.board import CONTROLS, Difference, Entry, ProblemScore, ranks, training_noise
+from sae_italian.benchmark.board import CONTROLS, Difference, Entry, means, numbers, ranks, training_noise
 from sae_italian.benchmark.pages import SORT, leaderboard, problems, send_to_wandb, write
 from sae_italian.benchmark.probes import Activations, Pooling
 from sae_italian.benchmark.run import contamination
@@ -52,27 +52,27 @@ def test_neurons_do_what_the_dense_probe_does_and_form_does_not(scored):
     entries = {entry.name: entry for entry in read_entries(scored[0])}
     assert set(entries) == {"neurons", "random"}
     neurons = entries["neurons"]
-    assert set(neurons.scores) == {"M23-word", "M1-negation-mean", "M1-negation-last", "P2-number-last"}
-    negation = neurons.scores["M1-negation-mean"]
-    assert negation.means("auc")["16"] > 0.8 and negation.control["dense"]["auc"] > 0.9
+    assert set(neurons.problems.index) == {"M23-word", "M1-negation-mean", "M1-negation-last", "P2-number-last"}
+    negation = neurons.problems.loc["M1-negation-mean"]
+    assert means(negation.own, "auc")["16"] > 0.8 and negation.control["dense"]["auc"] > 0.9
     # a minimal pair differs in its last word, whose characters say nothing of the determiner before
-    assert neurons.scores["P2-number-last"].control["form"]["auc"] < 0.75
-    assert any(len(set(score.own["auc"]["16"])) == 2 for score in neurons.scores.values())  # each seed draws its own
-    for score in neurons.scores.values():
-        assert abs(np.mean(score.own["permuted"]) - 0.5) < 0.15
-        assert score.own["interval"]["16"][0] <= score.own["auc"]["16"][0] <= score.own["interval"]["16"][1]
-        assert sum(score.own["influence"]["16"].values()) == pytest.approx(0, abs=1e-4)
+    assert neurons.problems.loc["P2-number-last"].control["form"]["auc"] < 0.75
+    assert any(len(set(own["auc"]["16"])) == 2 for own in neurons.problems.own)  # each seed draws its own
+    for own in neurons.problems.own:
+        assert abs(np.mean(own["permuted"]) - 0.5) < 0.15
+        assert own["interval"]["16"][0] <= own["auc"]["16"][0] <= own["interval"]["16"][1]
+        assert sum(own["influence"]["16"].values()) == pytest.approx(0, abs=1e-4)
 
 
 def test_a_random_sae_gains_nothing_over_its_twin(scored):
     random = next(entry for entry in read_entries(scored[0]) if entry.name == "random")
     assert abs(random.estimate("gain_16").value) < 0.1
-    score = random.scores["M1-negation-mean"]
+    score = random.problems.loc["M1-negation-mean"]
     mine, twins = np.mean(score.own["match"], axis=0)
     assert abs(random.estimate("match").value) < 0.2 and 0 < mine < 1
-    assert score.numbers["match"] == pytest.approx((mine - twins) / (1 - twins))
+    assert score["match"] == pytest.approx((mine - twins) / (1 - twins))
     older = {key: value for key, value in score.own.items() if key != "match"}
-    assert np.isnan(replace(score, own=older).numbers["match"])
+    assert np.isnan(numbers(score.control, older)["match"])
 
 
 def test_differences_are_paired_and_an_sae_is_not_distinguishable_from_itself(scored):
@@ -80,20 +80,20 @@ def test_differences_are_paired_and_an_sae_is_not_distinguishable_from_itself(sc
     found, back, self = compare(a, b), compare(b, a), compare(a, a)
     assert found.value == pytest.approx(-back.value) and found.least == pytest.approx(back.least)
     assert self.value == 0 and not self.distinguishable and ranks([a, a]) == [1, 1]
-    one, other = (np.array([*entry.by_task("auc_16").values()]) for entry in (a, b))
+    one, other = (entry.by_task("auc_16").to_numpy() for entry in (a, b))
     assert len(one) == 3 and found.least >= 2.8 * np.sqrt(np.var(one - other, ddof=1) / 3)  # documents may add to it
 
 
 def entry_of(aucs, influence, **control):
     """An SAE by hand: by task its AUC for each seed, and by task the influence of its documents."""
     controls = {name: {"auc": control.get(name, 0.5)} for name in CONTROLS} | {"majority": 0.5}
-    scores = {}
+    rows = {}
     for number, (values, parts) in enumerate(zip(aucs, influence, strict=True)):
         of_k = {"auc": {"16": values}, "twin": {"16": [0.5] * len(values)}, "influence": {"16": parts}}
         own = {**of_k, "interval": {"16": [None, None]}, "permuted": [0.5]}
-        task = {"id": f"T{number}", "family": "f", "form": number == control.get("form_task")}
-        scores[f"T{number}-word"] = ProblemScore(controls, own, task)
-    return Entry("x", {}, scores)
+        task = {"task": f"T{number}", "family": "f", "marked": number == control.get("form_task")}
+        rows[f"T{number}-word"] = {**task, **numbers(controls, own), "control": controls, "own": own}
+    return Entry("x", {}, pd.DataFrame.from_dict(rows, orient="index"))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_the_report_says_what_it_can_tell_apart_and_saebench_reads_it(scored):
     for entry in entries:
         jsonschema.validate(saebench(entry), SCHEMA)
         marked = [row[1].endswith(" *") for row in problems(entry).rows]  # that few examples say little
-        assert marked == [score.control["n_test"] < 80 for score in entry.scores.values()]
+        assert marked == [control["n_test"] < 80 for control in entry.problems.control]
     (file, *_) = (out / "saebench").iterdir()
     written = json.loads(file.read_text())
     assert written["eval_type_id"] not in ("sparse_probing", "sparse_probing_sae_probes")
@@ -252,8 +252,8 @@ def test_match_and_majority_are_of_the_frequency_among_all_examples(mini, topk_s
     problem = plan(some, wanted, run.QUICK).problems[0]
     assert asked == {problem.frequency} and problem.frequency != problem.answer.mean()
     (entry,) = read_entries(tmp_path / "out")
-    for score in entry.scores.values():
-        assert score.control["majority"] == pytest.approx(max(problem.frequency, 1 - problem.frequency))
+    for control in entry.problems.control:
+        assert control["majority"] == pytest.approx(max(problem.frequency, 1 - problem.frequency))
 
 
 def test_a_leaderboard_of_a_folder_keeps_other_examples_apart(scored, tmp_path):
@@ -291,8 +291,8 @@ def test_training_noise_is_that_of_seeds(scored):
 def test_the_noise_of_seeds_is_that_of_the_mean_that_is_shown(scored):
     """Of the mean over tasks, whose poolings are averaged first; not of the mean over problems."""
     entry = read_entries(scored[0])[0]
-    tasks = [np.mean([each.own["auc"]["16"] for each in some], axis=0) for some in entry.tasks().values()]
-    assert len(tasks) == 3 < len(entry.scores)
+    tasks = [np.mean([own["auc"]["16"] for own in some.own], axis=0) for _, some in entry.tasks().groupby("task")]
+    assert len(tasks) == 3 < len(entry.problems)
     assert np.mean(tasks) == pytest.approx(entry.estimate("auc_16").value)
     assert entry.reseed == pytest.approx(np.std(np.mean(tasks, axis=0), ddof=1))
 

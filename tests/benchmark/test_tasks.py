@@ -100,7 +100,7 @@ def test_counts_are_those_that_were_counted_by_hand(shared):
     for name in ("W13", "W16", "W24", "S4", "S9", "S12", "S18", "S22"):
         items = source.items(known[name])
         counted[name] = [
-            sum(i.answer == yes and i.test == t for i in items) for t in (False, True) for yes in (True, False)
+            int(((items.answer == yes) & (items.test == t)).sum()) for t in (False, True) for yes in (True, False)
         ]
     assert counted == {
         "W13": [314, 2519, 59, 654],
@@ -129,7 +129,7 @@ def test_rules_ask_of_words_and_of_texts():
 def test_no_lemma_is_on_both_sides():
     made = passages([True, False] * 200, [i % 3 == 0 for i in range(400)], lemma=[str(i // 7) for i in range(400)])
     items = SourceTable(made).items(task(positive={"Gender": "Fem"}, apart="lemma"))
-    sides = [{made[i.passage].words[0].facts["lemma"] for i in items if i.test == test} for test in (False, True)]
+    sides = [{made[i].words[0].facts["lemma"] for i in items.passage[items.test == test]} for test in (False, True)]
     assert min(map(len, sides)) > 5 and not sides[0] & sides[1]
 
 
@@ -140,11 +140,11 @@ def test_a_draw_is_balanced_within_every_value_and_the_same_for_the_same_seed():
     items = SourceTable(made).items(task(positive={"Gender": "Fem"}, within="bin"))
     found = draw(items, 3)
     for side, test in zip(found, (False, True), strict=True):
-        assert len(side) == 60 and sum(items[i].answer for i in side) == 30
-        assert {items[i].test for i in side} == {test} and len(set(side.tolist())) == 60
+        assert len(side) == 60 and items.answer[side].sum() == 30
+        assert set(items.test[side]) == {test} and len(set(side.tolist())) == 60
     assert [side.tolist() for side in draw(items, 3)] == [side.tolist() for side in found]
     assert draw(items, 4)[0].tolist() != found[0].tolist()
-    assert n_balanced([item for item in items if not item.test]) == 30 and n_balanced(items) == 60
+    assert n_balanced(items[~items.test]) == 30 and n_balanced(items) == 60
     wanted = np.isin(np.arange(len(items)), np.concatenate([side[:10] for side in found]))
     for side, n in zip(draw(items, 7, wanted, (8, 4)), (8, 4), strict=True):  # of texts that are read already, first
         assert len(side) == n and wanted[side].mean() >= 0.5

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 
 from sae_italian.base.storage import read_json
 from sae_italian.benchmark import all_tasks, material
-from sae_italian.benchmark.board import CONTROLS, ProblemScore
+from sae_italian.benchmark.board import CONTROLS, numbers
 from sae_italian.benchmark.probes import Activations, Examples, matched, sparse_probes
 from sae_italian.benchmark.run import Bench
 from sae_italian.benchmark.tasks import WORD, plan
@@ -118,10 +118,10 @@ def bench_on(folder, seed):
     passages = [p for p in material.micro_passages(300) if len(p.words) > 1]
     passages = list({p.text: p for p in passages}.values())
     tasks = [t for t in all_tasks() if t.source == "micro" and not t.form]
-    planned = plan(material.Material({"micro": passages}, {}), tasks)
+    planned = plan(material.Material({"micro": passages}, {}), tasks, n_seeds=1)
     by_text = {p.text: p for p in passages}
     acts, table, strength, directions, names = planted(folder / "acts", [by_text[text] for text in planned.texts], seed)
-    bench = Bench(folder, acts, table, planned, n_seeds=1, n_permuted=1)
+    bench = Bench(folder, acts, table, planned, n_permuted=1)
     x = np.load(folder / "acts" / "part-0000.npy")
     some = np.random.default_rng(2).permutation(len(x))[:8000]
     saes = saes_of_known_quality(directions, names, seed + 1)
@@ -141,15 +141,15 @@ def agreement(truth, values):
 @pytest.mark.slow
 def test_the_benchmark_ranks_saes_as_the_truth_does(tmp_path, capsys):
     bench, saes, truth = bench_on(tmp_path, 0)
-    rows: dict[str, dict[str, ProblemScore]] = {}
+    rows: dict[str, dict[str, dict[str, float]]] = {}
     none = {**dict.fromkeys(CONTROLS, {"auc": np.nan}), "majority": np.nan}  # no control is asked here
     for name, sae in saes.items():
         bench.score(name, name, sae, random_twin(sae, 1))
         files = {p.name: tmp_path / name / f"results.{p.name}.json" for p in bench.problems}
-        rows[name] = {problem: ProblemScore(none, read_json(file), {}) for problem, file in files.items()}
+        rows[name] = {problem: numbers(none, read_json(file)) for problem, file in files.items()}
 
     def mean(name, mine, column):
-        return np.mean([rows[name][p].numbers[column] for p in mine])
+        return np.mean([rows[name][p][column] for p in mine])
 
     noisy = [name for name in rows if name.startswith("noise")]
     columns = (("auc_1", rows), ("auc_16", rows), ("gain_1", rows), ("match", rows), ("auc_1", noisy))
