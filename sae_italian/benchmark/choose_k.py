@@ -230,7 +230,6 @@ def _measured(
         found = list(sparse_probes(task, acts, acts, name, PROBES.values()))
         auroc = {kind: float(np.mean([d.auroc.value for d in found if d.method == kind])) for kind in PROBES}
         numbers = {"l0": how.l0, "explained_variance": how.explained_variance, "dead": how.dead}
-        trials.append(
-            {"k": spec.sae["k"], "seed": spec.seed, **numbers, "projections": projections(sae, x), "auroc": auroc}
-        )
+        named = {"k": spec.sae["k"], "seed": spec.seed}
+        trials.append({**named, **numbers, "projections": projections(sae, x), "auroc": auroc})
     return trials

@@ -1,8 +1,13 @@
-"""The texts of the benchmark, from treebanks, the grammar, corpora and lists, all as passages with facts about their words.
+"""The texts of the benchmark, from treebanks, the grammar, corpora, lists, sets of the hub: passages with facts of their words.
 
 A fact is a name and a text (`Gender` Fem, `deprel` obj); tasks are rules about facts (`tasks.py`), so that a new source
 brings its tasks as data. Every passage says which side of the split it is on, and to which document it belongs: for a
 treebank without documents a run of 20 sentences, because neighbours come from one text.
+
+Sets of the hub are YAML files in data/hub/: where each lies, how a row becomes texts, which tasks it makes. Read are the
+Parquet files of the hub's own conversion (`refs/convert/parquet`), never a loader script; the commit is looked up once and
+kept with the results. Layouts: the columns of a text, put one after the other; with `choices`, a row is one text for every
+choice, right where `answer` says so, or the first; with `span`, it is read at a word; with `words`, at every word.
 """
 
 import re
@@ -13,12 +18,16 @@ from hashlib import blake2b
 from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from sae_italian import micro_italiano
 from sae_italian.analysis.tasks import agreement_pairs
 from sae_italian.analysis.treebank import FEATURES, Word, read_treebank
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import read_yaml
+from sae_italian.corpora.catalogue import PREFIX, Route, list_files, open_file
 from sae_italian.corpora.stream import MICRO_ITALIANO, iter_documents
 
 RUN = 20  # sentences of a treebank that count as one document
@@ -29,6 +38,8 @@ N_PAIRS = 600
 FORMS = 3_000  # of the lexicon
 GENRE_DOCUMENTS, GENRE_READ = 120, 4_000
 WINDOW = 48  # words of a genre's text
+MOST_ROWS = 3_000  # of a split of a set of the hub, drawn at random
+LETTERS = "ABCDEFGH"  # of the choices of a question
 FINAL_MARKS = " .?!…;:»\"'”)"
 # What tells a genre without its language: addresses, articles' numbers, years and other figures, mark-up, products.
 CONFOUNDS = re.compile(
@@ -159,15 +170,16 @@ def micro_passages(n: int = MICRO_DOCUMENTS) -> list[Passage]:
     """Return MicroItaliano's sentences with the constructions they hold."""
     found = []
     for document in micro_italiano.documents(n, MICRO_SEED):
-        words = [
-            PlacedWord(s.start, s.end, _micro_facts(s.labels, document.text[s.start : s.end])) for s in document.words
-        ]
-        for start, end in _sentences(words):
-            here = [PlacedWord(w.start - start, w.end - start, w.facts) for w in words if start <= w.start < end]
+        for spans in _sentences(document):
+            start, end = spans[0].start, spans[-1].end
+            words = [
+                PlacedWord(s.start - start, s.end - start, _micro_facts(s.labels, document.text[s.start : s.end]))
+                for s in spans
+            ]
             held = [s.labels["construction"] for s in document.constructions if s.start < end and s.end > start]
-            text, n_words = document.text[start:end], sum(w.facts["upos"] != "PUNCT" for w in here)
+            text, n_words = document.text[start:end], sum(w.facts["upos"] != "PUNCT" for w in words)
             facts = _length(n_words, text) | {"constructions": " ".join(held)}
-            found.append(Passage(text, document.doc_id, is_test(document.doc_id, 3), facts, here))
+            found.append(Passage(text, document.doc_id, is_test(document.doc_id, 3), facts, words))
     return found
 
 
@@ -175,11 +187,9 @@ def register_passages(n: int = MICRO_BEGINNINGS) -> list[Passage]:
     """Return the first sentences of MicroItaliano's documents with their register."""
     found = []
     for document in micro_italiano.documents(n, MICRO_SEED + 1):
-        text = document.text
-        words = [PlacedWord(s.start, s.end, {"form": text[s.start : s.end]}) for s in document.words]
-        end = list(_sentences(words))[:SENTENCES][-1][1]
-        facts = {"register": document.register}
-        found.append(Passage(text[:end], document.doc_id, is_test(document.doc_id, 2), facts))
+        end = list(_sentences(document))[:SENTENCES][-1][-1].end
+        facts, test = {"register": document.register}, is_test(document.doc_id, 2)
+        found.append(Passage(document.text[:end], document.doc_id, test, facts))
     return found
 
 
@@ -189,12 +199,14 @@ def _micro_facts(labels: Mapping[str, str], form: str) -> dict[str, str]:
     return features | kept | {"form": form}
 
 
-def _sentences(words: Sequence[PlacedWord]) -> Iterator[tuple[int, int]]:
-    start = words[0].start
-    for word, after in zip(words, [*words[1:], None], strict=True):
-        if after is None or word.facts["form"] in (".", "?", "!", "…"):
-            yield start, word.end
-            start = after.start if after else start
+def _sentences(document: micro_italiano.GoldDocument) -> Iterator[list[micro_italiano.Span]]:
+    """Yield the words of each sentence."""
+    here: list[micro_italiano.Span] = []
+    for word in document.words:
+        here.append(word)
+        if word is document.words[-1] or document.text[word.start : word.end] in (".", "?", "!", "…"):
+            yield here
+            here = []
 
 
 # --- corpora, pairs, single words -----------------------------------------------------------------------------------------
@@ -251,6 +263,82 @@ def lexicon_passages(passages: Iterable[Passage]) -> list[Passage]:
     return Random(0).sample(found, min(FORMS, len(found)))
 
 
+# --- sets of the hub ----------------------------------------------------------------------------------------------------
+
+
+HubSet = dict[str, Any]
+NO_LAYOUT: HubSet = {
+    "text": [],
+    "choices": [],
+    "answer": "",
+    "first": 0,
+    "span": [],
+    "words": "",
+    "tags": "",
+    "group": "",
+}
+
+
+def hub_sets() -> dict[str, HubSet]:
+    """Return the sets by name, as their YAML files describe them."""
+    files = sorted(Path(__file__).parent.glob("data/hub/*.yaml"))
+    return {file.stem: NO_LAYOUT | read_yaml(file) for file in files}
+
+
+def read_set(name: str, one: HubSet) -> tuple[list[Passage], str]:
+    """Return a set's passages and the commit they are of.
+
+    Raises: UsageError as `list_files`; DataError for a column that is not there, naming those that are.
+    """
+    import pyarrow.parquet
+
+    found: list[Passage] = []
+    commit = ""
+    for split, pattern in one["files"].items():
+        commit, sizes = list_files(Route(hub=one["hub"], revision="refs/convert/parquet", files=(pattern,)), name)
+        rows: list[dict[str, Any]] = []
+        for path in sizes:
+            with open_file(f"{PREFIX}{one['hub']}@{commit}/{path}") as handle:
+                rows += pyarrow.parquet.read_table(handle).to_pylist()
+        for number, row in enumerate(Random(0).sample(rows, min(MOST_ROWS, len(rows)))):
+            group = f"{name}/{row[one['group']]}" if row.get(one["group"]) is not None else f"{name}/{split}/{number}"
+            test = is_test(group, 3) if len(one["files"]) == 1 else split == "test"
+            found += _of_row(name, one, row, group, test)
+    return found, commit
+
+
+def _of_row(name: str, one: HubSet, row: Mapping[str, Any], group: str, test: bool) -> Iterator[Passage]:
+    """Yield what a row becomes."""
+    columns = [one[name] for name in ("answer", "words", "tags", "group") if one[name]]
+    needed = {*one["text"], *one["choices"], *one["span"], *columns}
+    if missing := sorted(needed - row.keys()):
+        raise DataError(
+            f"{name} of the hub has no column {missing[0]!r}; it has {', '.join(row)}. Its layout has changed."
+        )
+    text = " ".join(str(row[column]).strip() for column in one["text"])
+    if one["words"]:
+        ends = (np.cumsum([len(word) + 1 for word in row[one["words"]]]) - 1).tolist()
+        tagged = zip(row[one["words"]], row[one["tags"]], ends, strict=True)
+        words = [PlacedWord(end - len(w), end, {"tag": str(tag), "form": w}) for w, tag, end in tagged]
+        yield Passage(" ".join(row[one["words"]]), group, test, {}, words)
+    elif one["choices"]:
+        answer = (
+            str(row.get(one["answer"], one["first"])).strip().upper()
+        )  # the place of the right one, a number or a letter
+        right = LETTERS.index(answer) if answer in LETTERS else int(answer) - one["first"]
+        for i, column in enumerate(one["choices"]):
+            if row[column]:
+                whole = f"{text} {row[column]}" if text else str(row[column])
+                yield Passage(whole, group, test, {"right": "yes" if i == right else "no"})
+    else:
+        facts = {key: str(int(value) if isinstance(value, bool) else value) for key, value in row.items()}
+        # a word is of the last text, which all texts together end with, its outer blanks taken off
+        start = len(text) - len(str(row[one["text"][-1]]).rstrip())
+        at = [start + int(row[column]) for column in one["span"]]
+        words = [PlacedWord(at[0], at[1], facts)] if at else []
+        yield Passage(text, group, test, facts, words)
+
+
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
@@ -290,3 +378,17 @@ def gather(
     corpora = {"ud": list(map(str, treebanks)), "texts": list((texts or {}).values())}
     corpora |= dict.fromkeys(("micro", "micro-documents"), [MICRO_ITALIANO])
     return without_copies({name: some for name, some in made.items() if name in sources}, corpora)
+
+
+def gather_hub(names: Collection[str]) -> tuple[Material, list[str]]:
+    """Return the passages of sets of the hub, and why others could not be read. Raises: UsageError when none could."""
+    passages, corpora, failed = {}, {}, []
+    for name in names:
+        try:
+            passages[name], commit = read_set(name, hub_sets()[name])
+            corpora[name] = [f"{PREFIX}{hub_sets()[name]['hub']}@{commit}"]
+        except (UsageError, FileNotFoundError) as error:
+            failed.append(f"{name}: {error}")
+    if not passages:
+        raise UsageError(f"no set of the hub could be read. {failed[0] if failed else 'None was asked for.'}")
+    return without_copies(passages, corpora), failed

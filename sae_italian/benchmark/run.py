@@ -47,7 +47,8 @@ class Bench:
         planned: Plan,
         n_permuted: int = 20,
     ):
-        self.folder, self.embeddings, self.n_permuted, self.texts = folder, embeddings, n_permuted, planned.texts
+        self.folder, self.embeddings, self.n_permuted = folder, embeddings, n_permuted
+        self.texts = planned.texts
         points: dict[Point, None] = {}
         for problem in planned.problems:
             where = problem.points()
@@ -60,7 +61,8 @@ class Bench:
         for problem in planned.problems:
             row = np.array([self.pooling.rows.get(point, -1) for point in problem.points()], dtype=np.int64)
             draws = [(train[row[train] >= 0], test[row[test] >= 0]) for train, test in problem.draws]
-            if min(np.bincount(problem.answer[side], minlength=2).min() for both in draws for side in both) < LEAST:
+            answers = [problem.answer[side] for both in draws for side in both]
+            if min(min(y.sum(), (~y).sum()) for y in answers) < LEAST:
                 self.refused.append(f"{problem.task.id}: < {LEAST} (n_ctx)")
             else:
                 self.problems.append(problem._replace(items=problem.items.assign(row=row), draws=draws))
@@ -72,8 +74,8 @@ class Bench:
 
     def controls(self) -> None:
         """Find what form, token identity, activations and embeddings give, for every problem that has no file yet."""
-        pooling = self.pooling
-        self._write("controls", "controls", lambda: (pooling.dense(), pooling.embedded(self.embeddings)), self._control)
+        read = self.pooling.dense, lambda: self.pooling.embedded(self.embeddings)
+        self._write("controls", "controls", (each() for each in read), self._control)
 
     def _control(
         self, problem: Problem, dense: Float[np.ndarray, "points d"], embedded: Float[np.ndarray, "points d"]
@@ -90,7 +92,7 @@ class Bench:
     def score(self, name: str, folder: str, sae: Any, twin: Any) -> None:
         """Probe an SAE's latents and its random twin's on every problem that has no result in its folder yet."""
         both = (self.pooling.latents(each, f"{name}: latents") for each in (sae, twin))
-        self._write(folder, f"{name}: probes", lambda: both, self._score)
+        self._write(folder, f"{name}: probes", both, self._score)
 
     def _score(self, problem: Problem, z: scipy.sparse.csr_array, twin: scipy.sparse.csr_array) -> dict[str, Any]:
         ours, theirs, match = [], [], []
@@ -105,8 +107,10 @@ class Bench:
 
         test, documents = problem.draws[0][1], problem.items.document.to_numpy()
         where = np.unique(documents[test], return_inverse=True)[1]
-        scores = ((str(k), ours[0][k].score) for k in HEADLINE)
-        intervals = {k: auroc_by_document(score, problem.answer[test], where).finite()[1:] for k, score in scores}
+        intervals = {}
+        for k in HEADLINE:
+            auc = auroc_by_document(ours[0][k].score, problem.answer[test], where)
+            intervals[str(k)] = auc.finite()[1:]
         tested = [documents[each] for _, each in problem.draws]
         parts = by_k(ours, "parts")
         found = {
@@ -120,13 +124,11 @@ class Bench:
         means = ((what, by_k(ours, what).items()) for what in ("accuracy", "f1"))
         return found | {what: {k: float(np.mean(values)) for k, values in some} for what, some in means}
 
-    def _write(
-        self, name: str, what: str, vectors: Callable[[], Iterable[Any]], judge: Callable[..., dict[str, Any]]
-    ) -> None:
-        """Write what `judge` finds of each problem that has no file, by processes that share what `vectors` has read."""
-        files = [(self.folder / name / f"results.{problem.name}.json", problem) for problem in self.problems]
-        todo = [(file, problem) for file, problem in files if not file.is_file()]
-        read = list(vectors()) if todo else []
+    def _write(self, name: str, what: str, vectors: Iterable[Any], judge: Callable[..., dict[str, Any]]) -> None:
+        """Write what `judge` finds of each problem that has no file, by processes that share the vectors; without any, none is read."""
+        files = {self.folder / name / f"results.{problem.name}.json": problem for problem in self.problems}
+        todo = [(file, problem) for file, problem in files.items() if not file.is_file()]
+        read = list(vectors) if todo else []
 
         def one(number: int) -> None:
             file, problem = todo[number]

@@ -18,15 +18,15 @@ from pydantic import BaseModel, ConfigDict
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.storage import read_yaml
-from sae_italian.benchmark.material import Material, Passage, is_test
+from sae_italian.benchmark.material import Material, Passage, hub_sets, is_test
 
-LEAST = 20  # examples of the rarer class, on either side
+LEAST, LEAST_ROWS = 20, 50  # examples of the rarer class, on either side; of a set of the hub
 TRAIN, TEST = 1024, 600  # examples at most
 MEAN, LAST, WORD, TEXT = "mean", "last", "word", "text"
 MEAN_OF, LAST_OF = -1, -2  # where a text is read, in place of where a word ends
 WHERE = {MEAN: MEAN_OF, LAST: LAST_OF}
 Rule = dict[str, Any]
-Items = Any  # a DataFrame of possible examples: text, document, test, end, form, answer, value, and `read`, the text's number
+Items = Any  # a DataFrame of possible examples, as `SourceTable.items`; `read` is the text's number among those read
 Sides = tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]  # numbers of the items for training, for test
 
 
@@ -80,6 +80,13 @@ def all_tasks(known: Mapping[str, Collection[str]] | None = None) -> list[Probin
     return [task for file in files for task in read_tasks(read_yaml(file), known)]
 
 
+def hub_tasks() -> list[ProbingTask]:
+    """Return the tasks of all sets of the hub; a set's passages are the source of its name."""
+    shared = {"family": "hub", "unit": TEXT, "least": LEAST_ROWS}
+    sets = ({**shared, "source": name, "tasks": one["tasks"]} for name, one in hub_sets().items())
+    return [task for one in sets for task in read_tasks(one)]
+
+
 def chosen(tasks: Sequence[ProbingTask], preset: str, names: str) -> list[ProbingTask]:
     """Return the tasks of a preset, or those named with commas. Raises: UsageError for an unknown name."""
     if not names:
@@ -105,8 +112,8 @@ class SourceTable:
         ]
         # as objects: texts are referred to, not copied for each word of theirs
         columns, types = ("passage", "text", "document", "test", "end", "form", "facts"), {"passage": int, "test": bool}
-        rows = {TEXT: texts, WORD: words}
-        self._rows = {unit: pd.DataFrame(of, columns=columns, dtype=object).astype(types) for unit, of in rows.items()}
+        frames = (pd.DataFrame(rows, columns=columns, dtype=object).astype(types) for rows in (texts, words))
+        self._rows: dict[str, Any] = dict(zip((TEXT, WORD), frames, strict=True))
         self._values = cache(self._fact)
 
     def _fact(self, unit: str, name: str) -> pd.Categorical:
@@ -127,20 +134,22 @@ class SourceTable:
         return found
 
     def items(self, task: ProbingTask) -> Items:
-        """Return every example of a task, the rows it is about that are positive or negative, with `answer` and `value`.
+        """Return every example of a task, the rows it is about that are positive or negative, with their `answer`.
 
-        Of a fact by which the sides are kept `apart` (the lemma), a value that is on both goes to one.
+        `value` is the fact within which they are balanced, `cell` a number for each value and side. Of a fact by which
+        the sides are kept `apart` (the lemma), a value that is on both goes to one.
         """
         among, positive = (self.holds(rule, task.unit) for rule in (task.among, task.positive))
         negative = self.holds(task.negative, task.unit) if task.negative else ~positive
         asked = among & (positive | negative)
         found: Items = self._rows[task.unit][asked].assign(answer=positive[asked])
-        found["value"], apart = ([facts.get(name, "") for facts in found.facts] for name in (task.within, task.apart))
+        found["value"] = [facts.get(task.within, "") for facts in found.facts]
         if task.apart:
+            apart = [facts.get(task.apart, "") for facts in found.facts]
             on_both = found.groupby(apart).test.transform("nunique") == 2
             side = np.where(on_both, [is_test(value, 2) for value in apart], found.test)
             found = found[found.test == side]
-        return found.reset_index(drop=True)
+        return found.assign(cell=found.groupby(["test", "value"]).ngroup()).reset_index(drop=True)
 
 
 def shortage(task: ProbingTask, items: Items) -> str:
@@ -165,12 +174,15 @@ def draw(
     order = np.random.default_rng(seed).permutation(len(items))
     if wanted is not None:
         order = order[np.argsort(~wanted[order], kind="stable")]
-    ranked = items[["test", "value", "answer"]].iloc[order].assign(number=order, rank=range(len(order)))
-    ranked["nth"] = ranked.groupby(["test", "value", "answer"]).cumcount()
-    no, yes = (ranked[ranked.answer == answer] for answer in (False, True))
-    pairs = no.merge(yes, on=["test", "value", "nth"])
-    pairs = pairs.iloc[np.argsort(np.maximum(pairs.rank_x, pairs.rank_y))]
-    numbers, test = pairs[["number_x", "number_y"]].to_numpy(dtype=np.int64), pairs.test.to_numpy()
+    cell, answer = (items[name].to_numpy()[order] for name in ("cell", "answer"))
+    nth = pd.DataFrame({"cell": cell, "answer": answer}).groupby(["cell", "answer"]).cumcount().to_numpy()
+    key, rank = cell * len(order) + nth, np.arange(len(order))
+    _, no, yes = np.intersect1d(key[~answer], key[answer], assume_unique=True, return_indices=True)
+    pairs = np.stack(
+        [rank[~answer][no], rank[answer][yes]], axis=1
+    )  # the first of each class of a cell, the second, ...
+    numbers = order[pairs[np.argsort(pairs.max(axis=1))]]
+    test = items.test.to_numpy()[numbers[:, 0]]
     train, judged = (numbers[test == side][: most[side] // 2].ravel() for side in (False, True))
     return np.random.default_rng(seed + 1).permutation(train), judged  # the last rows of training choose C
 
@@ -215,7 +227,8 @@ def plan(
     material: Material, tasks: Sequence[ProbingTask], most: tuple[int, int] = (TRAIN, TEST), n_seeds: int = 5
 ) -> Plan:
     """Choose the texts that are read: the rarest tasks draw first, the others prefer what is then read anyway."""
-    sources = {name: SourceTable(material.passages.get(name, [])) for name in {task.source for task in tasks}}
+    names = {task.source for task in tasks}
+    sources = {name: SourceTable(material.passages.get(name, [])) for name in names}
     items = {task.id: sources[task.source].items(task) for task in tasks}
     short = {task.id: shortage(task, items[task.id]) for task in tasks}
     found = [(task, items[task.id]) for task in tasks if not short[task.id]]
@@ -229,5 +242,6 @@ def plan(
         read = some[some.text.isin(texts)].reset_index(drop=True)
         read["read"] = read.text.map(number)
         draws = [draw(read, seed, most=most) for seed in range(n_seeds)]
-        problems += [Problem(task, pooling, read, draws, float(some.answer.mean())) for pooling in task.problems]
+        rest = read, draws, float(some.answer.mean())
+        problems += [Problem(task, pooling, *rest) for pooling in task.problems]
     return Plan(problems, texts, [why for why in short.values() if why])

@@ -3,6 +3,7 @@
 With all layers replaced, each transcoder reads what the earlier ones wrote: errors add up, which no layer by itself shows.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -168,11 +169,10 @@ def changes(prompt: Prompt, graph: Graph, latents: np.ndarray) -> Float[np.ndarr
     before, found = centred(1), []
     batches = [latents[at : at + AT_ONCE].tolist() for at in range(0, len(latents), AT_ONCE)]
     for some in progress("taken away", batches, unit="batch"):
-        gone: dict[int, Tensor] = {}
+        nothing = torch.zeros(len(some), n_pos, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        gone: dict[int, Tensor] = defaultdict(nothing.clone)
         for row, node in enumerate(graph.nodes[i] for i in some):
-            write = prompt.write(node)
-            none = write.new_zeros(len(some), n_pos, len(write))
-            gone.setdefault(node.layer, none)[row, node.position] = write
+            gone[node.layer][row, node.position] = prompt.write(node).to(nothing)
         with ExitStack() as stack:
             for layer, writes in gone.items():
                 stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", lambda x, w=writes: x - w.to(x)))
@@ -202,39 +202,13 @@ def check_svg(checked: Checked) -> str:
 # --- a set of transcoders -----------------------------------------------------------------------------------------------
 
 
-class LayerFit(NamedTuple):
-    """One layer's transcoder by itself, over the tokens."""
-
-    layer: int
-    l0: float
-    explained_variance: float  # centred
-    dead: float
-
-
-class SetReport(NamedTuple):
-    """A set of transcoders on a model and a text; losses in nats per token, intervals over windows."""
-
-    layers: tuple[LayerFit, ...]
-    n_tokens: int
-    ce: Estimate
-    ce_replaced: Estimate
-    ce_random: Estimate  # with random twins of the transcoders
-    ce_zero: Estimate  # with what these layers' MLPs write taken away
-    recovered: Estimate  # (ce_zero - ce_replaced) / (ce_zero - ce)
-    recovered_random: Estimate
-
-    def text(self) -> str:
-        rows = [(f.layer, f"{f.l0:.1f}", f"{f.explained_variance:.3f}", f"{f.dead:.1%}") for f in self.layers]
-        losses = [
-            ("the model's own", shown(self.ce, ".3f"), ""),
-            ("these transcoders", shown(self.ce_replaced, ".3f"), shown(self.recovered, ".3f")),
-            ("random transcoders", shown(self.ce_random, ".3f"), shown(self.recovered_random, ".3f")),
-            ("nothing", shown(self.ce_zero, ".3f"), "0"),
-        ]
-        return (
-            f"{table('layer | L0 | explained variance | never active', rows)}\n\n"
-            f"{table('MLPs of all these layers at once | CE loss | recovered', losses)}\n\n{self.n_tokens:,} tokens"
-        )
+# The losses of a set: what stands in the place of the MLPs of all its layers.
+LOSSES = {
+    "ce": "the model's own",
+    "ce_replaced": "these transcoders",
+    "ce_random": "random transcoders",
+    "ce_zero": "nothing",
+}
 
 
 @torch.no_grad()
@@ -247,40 +221,63 @@ def examine_set(
     context_size: int | None = None,
     text_column: str = "text",
     seed: int = 0,
-) -> SetReport:
-    """Return the report on held-out text. Raises: UsageError as `layers_of`, and for a corpus that is too short."""
+) -> tuple[dict[str, Any], str]:
+    """Return what a set of transcoders is worth on held-out text, for JSON and as tables.
+
+    By layer, each transcoder by itself: L0, centred explained variance, the share of latents that are never active. Of all
+    together the LOSSES in nats per token and what share of (ce_zero - ce) the transcoders recover, and random twins of
+    them, with intervals over windows.
+    Raises: UsageError as `layers_of`, and for a corpus that is too short.
+    """
     by_layer = layers_of(saes, model)
     context = int(context_size or saes[0].cfg.metadata.context_size or 128)
     blocks = blocks_of(model, corpus, "heldout", n_tokens, context, text_column)
     windows = torch.from_numpy(np.concatenate([block.tokens for block in blocks])).to(model.device)
     silent = special(windows, model.tokenizer)
-    fits, twins = [], {}
+    layers, twins = [], {}
     hooks = [hook for sae in by_layer.values() for hook in hooks_of(sae)]
     parts = [read_many(model, tokens, hooks) for tokens in windows.split(WINDOWS)]  # one pass for all layers
     for layer, sae in sorted(by_layer.items()):
         x, y = (torch.cat([part.pop(hook) for part in parts])[~silent].to(sae.dtype) for hook in hooks_of(sae))
         found = fit(sae, x, y)
-        fits.append(LayerFit(layer, found.l0, found.explained_variance, found.dead))
+        numbers = {"l0": found.l0, "explained_variance": found.explained_variance, "dead": found.dead}
+        layers.append({"layer": layer, **numbers})
         twins[layer] = random_twin(sae, seed, lambda x=x: x)
     size = max(1, LOGITS // (context * model.config.vocab_size))
     sums = []
     for some in paced(torch.arange(len(windows)).split(size), "losses", len(windows), "window", size=len):
-        ways = (None, by_layer, twins, dict.fromkeys(by_layer))
-        losses = [_losses(model, windows[some], silent[some], way) for way in ways]
-        sums.append(torch.cat([losses[0], *(loss[:, :1] for loss in losses[1:])], dim=1))
-    columns = torch.cat(sums).double().numpy()  # loss, tokens, replaced, random, zero
-    found = [bootstrap(columns[:, [i, 1]], lambda s: s[:, 0] / s[:, 1]) for i in (0, 2, 3, 4)]
-    found += [bootstrap(columns[:, [0, i, 4]], lambda s: (s[:, 2] - s[:, 1]) / (s[:, 2] - s[:, 0])) for i in (2, 3)]
-    return SetReport(tuple(fits), int(columns[:, 1].sum()), *found)
+        ways = ({}, by_layer, twins, dict.fromkeys(by_layer))
+        sums.append(torch.stack([_losses(model, windows[some], silent[some], way) for way in ways], dim=1))
+    total = torch.cat(sums).double().numpy()  # [windows, ways, (loss, tokens)]
+    loss, tokens = total[..., 0], total[:, :1, 1]
+    told = {}
+    for i, name in enumerate(LOSSES):
+        told[name] = bootstrap(np.c_[loss[:, i], tokens], lambda s: s[:, 0] / s[:, 1])
+    for name, way in (("recovered", 1), ("recovered_random", 2)):
+        told[name] = bootstrap(loss[:, [0, way, 3]], lambda s: (s[:, 2] - s[:, 1]) / (s[:, 2] - s[:, 0]))
+    value = {"layers": layers, "n_tokens": int(tokens.sum()), **told}
+    return value, _set_text(value)
+
+
+def _set_text(told: Mapping[str, Any]) -> str:
+    forms = {"layer": "d", "l0": ".1f", "explained_variance": ".3f", "dead": ".1%"}
+    rows = [[f"{of_layer[name]:{form}}" for name, form in forms.items()] for of_layer in told["layers"]]
+    recovered = "", shown(told["recovered"], ".3f"), shown(told["recovered_random"], ".3f"), "0"
+    losses = [(what, shown(told[name], ".3f")) for name, what in LOSSES.items()]
+    both = [(*loss, share) for loss, share in zip(losses, recovered, strict=True)]
+    return (
+        f"{table('layer | L0 | explained variance | never active', rows)}\n\n"
+        f"{table('MLPs of all these layers at once | CE loss | recovered', both)}\n\n{told['n_tokens']:,} tokens"
+    )
 
 
 def _losses(
-    model: Any, tokens: Int[Tensor, "windows pos"], silent: Bool[Tensor, "windows pos"], way: Mapping[int, Any] | None
+    model: Any, tokens: Int[Tensor, "windows pos"], silent: Bool[Tensor, "windows pos"], way: Mapping[int, Any]
 ) -> Float[Tensor, "windows 2"]:
     """Return the loss of each window and of how many tokens it is, special ones left out."""
     wanted = torch.zeros_like(silent)
     wanted[:, :-1] = ~silent[:, 1:] & ~silent[:, :-1]
-    with with_transcoders(model, way or {}, silent):
+    with with_transcoders(model, way, silent):
         logits = logits_at(model, tokens, wanted).float()
     loss = logits.new_zeros(wanted.shape)
     loss[wanted] = torch.nn.functional.cross_entropy(logits, tokens.roll(-1, 1)[wanted], reduction="none")

@@ -20,11 +20,19 @@ from sae_italian.base.labels import read_words
 from sae_italian.base.pace import is_bounded
 from sae_italian.base.report import plain, table
 from sae_italian.base.storage import claimed
+from sae_italian.benchmark import (
+    all_tasks,
+    chosen,
+    gather,
+    gather_hub,
+    hub_tasks,
+    leaderboard,
+    read_entries,
+    send_to_wandb,
+    write,
+)
+from sae_italian.benchmark import benchmark as run
 from sae_italian.benchmark.absorption import absorption as absorbed
-from sae_italian.benchmark.hub import gather_hub, hub_tasks
-from sae_italian.benchmark.material import gather
-from sae_italian.benchmark.pages import leaderboard, read_entries, send_to_wandb, write
-from sae_italian.benchmark.tasks import all_tasks, chosen
 from sae_italian.cli import Folder, Many, Model, Out, Result, Seed, Source, named, numbers, own_words, short_names
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.saes import model_of
@@ -84,8 +92,6 @@ def _run(
     folder: Folder,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    from sae_italian.benchmark.run import benchmark as run
-
     known = all_tasks({"genre": where[1]}) if where else hub_tasks()
     tasks = chosen(known, preset if where else "full", settings["tasks"])
     sources = list(dict.fromkeys(task.source for task in tasks))

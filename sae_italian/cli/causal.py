@@ -253,11 +253,11 @@ def _study(model: str, transcoders: Path, case: str, settings: dict[str, Any], o
 
 def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any], out: Path | None) -> Result:
     from sae_italian.analysis.latent import token_of
-    from sae_italian.browser.graph import latents_of
-    from sae_italian.circuits.check import check
+    from sae_italian.browser.graph import latents_of, write_graph_page
+    from sae_italian.circuits.check import check, check_svg
     from sae_italian.circuits.edges import attribute, layers_of
     from sae_italian.circuits.graph import scores
-    from sae_italian.circuits.show import summary
+    from sae_italian.circuits.show import graph_svg, neuronpedia, summary
 
     loaded, saes = _loaded(model, transcoders)
     texts = settings["target"], settings["against"]
@@ -272,15 +272,23 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
     latents = {}
     if settings["labels"]:
         latents = latents_of(Path(settings["labels"]), saes, found, out or Path(), loaded.tokenizer)
-    text = summary(found, {key: told["label_en"] for key, told in latents.items()})
+    labels = {key: told["label_en"] for key, told in latents.items()}
+    text, files = summary(found, labels), {"graph": graph_svg(found)} if out else {}
     if gap := sorted({*range(found.n_layers)} - {*layers_of(saes, loaded)}):
         text += f"\n\nNo transcoder of layer {', '.join(map(str, gap))}: all that its MLP writes is an error node at each token."
-    checked = check(loaded, saes, found, n_latents=settings["check"]) if settings["check"] else None
-    if checked:
-        value["check"] = plain(checked)
+    checked = None
+    if settings["check"]:
+        checked = check(loaded, saes, found, n_latents=settings["check"])
+        value["check"], files["graph.check"] = plain(checked), check_svg(checked)
         text += f"\n\n{checked.text()}"
     if out is not None:
-        text += f"\n\n{_write(out, found, value, latents, checked)}"
+        found.save(out)
+        for name, drawn in files.items():
+            write_text(out / f"{name}.svg", drawn)
+        write_json(out / "neuronpedia.json", neuronpedia(found, prompt, labels))
+        write_json(out / "result.json", value)
+        write_graph_page(out, found, latents, checked)
+        text += f"\n\n{out}/index.html, graph.json, graph.npz, graph.svg, neuronpedia.json, result.json"
     return Result(value, text)
 
 
@@ -309,19 +317,3 @@ def transcoder_folders(folder: Path) -> list[Path]:
     if not mine:
         raise UsageError(f"{folder} holds no transcoders. Train some with `sae-italian train mini/transcoders`.")
     return mine
-
-
-def _write(out: Path, found: Any, value: dict[str, Any], latents: Any, checked: Any) -> str:
-    from sae_italian.browser.graph import write_graph_page
-    from sae_italian.circuits.check import check_svg
-    from sae_italian.circuits.show import graph_svg, neuronpedia
-
-    found.save(out)
-    write_text(out / "graph.svg", graph_svg(found))
-    if checked:
-        write_text(out / "graph.check.svg", check_svg(checked))
-    labels = {key: told["label_en"] for key, told in latents.items()}
-    write_json(out / "neuronpedia.json", neuronpedia(found, found.prompt, labels))
-    write_json(out / "result.json", value)
-    write_graph_page(out, found, latents, checked)
-    return f"{out}/index.html, graph.json, graph.npz, graph.svg, neuronpedia.json, result.json"

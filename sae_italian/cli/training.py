@@ -204,8 +204,8 @@ def _doctor_of_set(folder: Path, tokens: int, source: Source) -> Result:
 
     saes = [sae_italian.load_sae(path) for path in transcoder_folders(folder)]
     corpus = source.corpus or _corpus_of(saes[0], source.text_column)
-    report = examine_set(saes, model_of(saes[0], source.model), corpus, n_tokens=tokens, **source.reading)
-    return Result({"set": str(folder), "corpus": corpus, **plain(report)}, report.text())
+    found, text = examine_set(saes, model_of(saes[0], source.model), corpus, n_tokens=tokens, **source.reading)
+    return Result({"set": str(folder), "corpus": corpus, **plain(found)}, text)
 
 
 def _corpus_of(sae: Any, text_column: str) -> str:

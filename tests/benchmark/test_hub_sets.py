@@ -3,9 +3,8 @@
 import pytest
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.benchmark.hub import HubSet, _passages, gather_hub, hub_sets, hub_tasks, read_set
-from sae_italian.benchmark.material import Material
-from sae_italian.benchmark.tasks import SourceTable, plan
+from sae_italian.benchmark.material import NO_LAYOUT, Material, _of_row, gather_hub, hub_sets, read_set
+from sae_italian.benchmark.tasks import SourceTable, hub_tasks, plan
 from tests.corpora.hub_stand_in import COMMIT, parquet
 from tests.corpora.test_hub import server  # noqa: F401  # a fixture
 
@@ -43,14 +42,14 @@ def cell(name, i, yes):
 
 
 def columns_of(one):
-    rules = [rule for task in one.tasks for rule in (task.get("positive", {}), task.get("each", {}))]
-    named = {*one.text, *one.choices, *one.pair, *one.span, one.answer, one.words, one.tags, one.group}
+    rules = [rule for task in one["tasks"] for rule in (task.get("positive", {}), task.get("each", {}))]
+    named = {*one["text"], *one["choices"], *one["span"], one["answer"], one["words"], one["tags"], one["group"]}
     return (named | {key for rule in rules for key in rule}) - {"", "right", "tag"}
 
 
 def stand_in(server, name, one):  # noqa: F811
-    files = server.repositories.setdefault(one.hub, {})
-    for split, pattern in one.files.items():
+    files = server.repositories.setdefault(one["hub"], {})
+    for split, pattern in one["files"].items():
         rows = [{key: cell(key, i + 1000 * (split == "test"), i % 2 == 0) for key in columns_of(one)} for i in range(N)]
         files[pattern.replace("*", "0000")] = parquet(rows)
 
@@ -74,7 +73,8 @@ def test_every_set_is_read_in_its_layout_and_makes_its_tasks(server, name):  # n
 def test_there_are_a_dozen_sets_and_none_runs_code():
     sets = hub_sets()
     assert len(sets) >= 12
-    assert all(path.endswith(".parquet") for one in sets.values() for path in one.files.values())
+    assert all(one.keys() == {"hub", "files", "tasks", *NO_LAYOUT} for one in sets.values())  # no key is misspelled
+    assert all(path.endswith(".parquet") for one in sets.values() for path in one["files"].values())
 
 
 def test_a_word_is_read_in_the_second_sentence_and_a_tagged_one_in_its_place(server):  # noqa: F811
@@ -89,7 +89,7 @@ def test_a_word_is_read_in_the_second_sentence_and_a_tagged_one_in_its_place(ser
         "start2": 5,
         "end2": 9,
     }
-    (blank,) = _passages("evalita_wic", one, row, "g", False)
+    (blank,) = _of_row("evalita_wic", one, row, "g", False)
     assert blank.text[blank.words[0].start : blank.words[0].end] == "cane"  # places are of the text as it stands there
 
 
@@ -105,7 +105,7 @@ def test_a_text_of_both_splits_is_for_test_alone(server):  # noqa: F811
     """Published sets hold copies too: a probe would know them by heart."""
     one = hub_sets()["itacola"]
     rows = [{"sentence": f"Frase {i}.", "acceptability": i % 2} for i in range(N)]
-    server.repositories[one.hub] = {path.replace("*", "0000"): parquet(rows) for path in one.files.values()}
+    server.repositories[one["hub"]] = {path.replace("*", "0000"): parquet(rows) for path in one["files"].values()}
     material, failed = gather_hub(["itacola"])
     assert not failed and material.n_copies == N == len(material.passages["itacola"])
     assert all(passage.test for passage in material.passages["itacola"])
@@ -113,14 +113,14 @@ def test_a_text_of_both_splits_is_for_test_alone(server):  # noqa: F811
 
 def test_a_layout_that_has_changed_a_small_set_and_no_network_are_named(server):  # noqa: F811
     one = hub_sets()["ironita"]
-    server.repositories[one.hub] = {p.replace("*", "0"): parquet([{"testo": "x"}]) for p in one.files.values()}
+    server.repositories[one["hub"]] = {p.replace("*", "0"): parquet([{"testo": "x"}]) for p in one["files"].values()}
     with pytest.raises(DataError, match="no column 'text'; it has testo"):
         read_set("ironita", one)
     with pytest.raises(UsageError, match="no set of the hub could be read"):
         gather_hub(["xcopa"])
-    few = HubSet(**{**hub_sets()["itacola"].model_dump(), "hub": "a/b"})
+    few = {**hub_sets()["itacola"], "hub": "a/b"}
     rows = [{"sentence": f"Frase {i}", "acceptability": i % 2} for i in range(60)]
-    server.repositories["a/b"] = {path.replace("*", "0"): parquet(rows) for path in few.files.values()}
+    server.repositories["a/b"] = {path.replace("*", "0"): parquet(rows) for path in few["files"].values()}
     passages, _ = read_set("itacola", few)
     (task,) = [task for task in hub_tasks() if task.source == "itacola"]
     assert "30 < 50 (train)" in plan(Material({"itacola": passages}, {}), [task]).refused[0]

@@ -14,8 +14,20 @@ import pytest
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, run, saebench
-from sae_italian.benchmark.board import CONTROLS, Difference, Entry, means, numbers, ranks, training_noise
-from sae_italian.benchmark.pages import SORT, leaderboard, problems, send_to_wandb, write
+from sae_italian.benchmark.board import (
+    CONTROLS,
+    SORT,
+    Difference,
+    Entry,
+    leaderboard,
+    means,
+    numbers,
+    problems,
+    ranks,
+    send_to_wandb,
+    training_noise,
+    write,
+)
 from sae_italian.benchmark.probes import Activations, Pooling
 from sae_italian.benchmark.run import contamination
 from sae_italian.benchmark.tasks import LAST_OF, MEAN_OF, chosen, plan
