@@ -15,9 +15,9 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 34_947,  # 21_500
-    "statements": 22_842,  # 13_500
-    "files": 149,  # 150
+    "lines": 34_632,  # 21_500
+    "statements": 22_498,  # 13_500
+    "files": 146,  # 150
     "files under 60 lines": 15,
     "function median": 10,
     "function p90": 30,
@@ -34,13 +34,13 @@ ROOM_LINES = {
     "models": 1_179,  # 760, and issue 16's GGUF files
     "corpora": 1_691,  # 1_100
     "saes": 2_253,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
-    "training": 3_157,  # 1_500
+    "training": 3_156,  # 1_500
     "evaluation": 1_168,
     "cache": 2_106,  # 1_650
-    "autointerp": 6_304,  # 3_900
+    "autointerp": 6_061,  # 3_900
     "analysis": 3_330,  # 2_500
-    "circuits": 1_596,
-    "benchmark": 2_207,  # 1_200  # choosing k, seeds and absorption with it
+    "circuits": 1_593,
+    "benchmark": 2_139,  # 1_200  # choosing k, seeds and absorption with it
     "papers": 1_400,  # 1_400
     "browser": 3_152,  # 2_650
     "cli": 2_615,  # 1_400  # quickstart with it

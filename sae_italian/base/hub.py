@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.base.storage import disk_full, free_space, read_json
+from sae_italian.base.storage import disk_full, read_json, room_on
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 WANDB_FILE = "wandb.json"  # in the folder of a trained SAE
@@ -26,18 +26,16 @@ def explain(error: BaseException, name: str, revision: str | None = None, *, rep
     if full := next((each for each in chain if disk_full(each)), None):
         place = Path(str(getattr(full, "filename", None) or HF_HUB_CACHE))
         return UsageError(
-            f"{name} could not be stored: the disk of {place} is full ({free_space(place)} free). Free some space, "
-            "or set HF_HOME to a folder on a larger disk, and run again: finished files are kept."
+            f"{name} could not be stored: the disk of {place} is full ({room_on(place) / 2**30:,.1f} GiB free). Free some "
+            "space, or set HF_HOME to a folder on a larger disk, and run again: finished files are kept."
         )
     text, cached = " ".join(map(str, chain)).lower(), cache_folder(repo_id)
     broken = any(isinstance(each, SafetensorError) and "no such file" not in str(each).lower() for each in chain)
     partial = sorted((cached / "blobs").glob("*.incomplete"))
     if partial or broken or any(sign in text for sign in DAMAGED):
-        what = (
-            f"its download has not finished ({partial[0].name})"
-            if partial
-            else "one of its files is damaged or cut short"
-        )
+        what = "one of its files is damaged or cut short"
+        if partial:
+            what = f"its download has not finished ({partial[0].name})"
         where = Path(name) if Path(name).is_dir() and not partial else cached
         again = f"Download it again with `hf download {repo_id} --force-download`, or copy the files into {where} anew."
         return DataError(f"{name} cannot be read: {what}. {again}")

@@ -56,8 +56,7 @@ def shown(found: Estimate, form: str = ".2f") -> str:
     """Return `0.81 (0.78 to 0.84)`: the value alone where its interval is not known, `-` where there is no value."""
     if isnan(found.value):
         return "-"
-    interval = "" if isnan(found.lo) else f" ({found.lo:{form}} to {found.hi:{form}})"
-    return f"{found.value:{form}}{interval}"
+    return f"{found.value:{form}}" + ("" if isnan(found.lo) else f" ({found.lo:{form}} to {found.hi:{form}})")
 
 
 def plain(value: Any) -> Any:

@@ -38,9 +38,7 @@ OURS = """
 OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
 IS_WINDOWS = sys.platform == "win32"
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if not IS_WINDOWS:
-    STOP_SIGNALS += [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *(() if IS_WINDOWS else (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU))]
 MEND = "Mend it, or make it again."
 # What is raised where a record lacks a field, or has one of another kind.
 ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, EOFError)
@@ -175,11 +173,6 @@ def room_on(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def free_space(path: Path) -> str:
-    """Return how much room there is on the disk of a path, in words."""
-    return f"{room_on(path) / 2**30:,.1f} GiB"
-
-
 @contextmanager
 def disk_errors(folder: Path, kept: str = "What is finished is kept.") -> Iterator[None]:
     """Turn what is raised in the block when the disk is full into one line, which says what is kept.
@@ -192,16 +185,15 @@ def disk_errors(folder: Path, kept: str = "What is finished is kept.") -> Iterat
         if not disk_full(error):
             raise
         raise UsageError(
-            f"the disk of {folder} is full ({free_space(folder)} free). {kept} Make room, then run the same command again, "
-            "with --resume where it has that."
+            f"the disk of {folder} is full ({room_on(folder) / 2**30:,.1f} GiB free). {kept} Make room, then run the same "
+            "command again, with --resume where it has that."
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(
-            text, encoding="utf-8", errors="replace", newline="\n"
-        )  # half a letter, which some JSON has, is "?"
+        # half a letter, which some JSON has, is "?"
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -265,8 +265,8 @@ def _start_worker(function: Callable[..., Any] | bytes, threads: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    given = re.findall("^[1-9][0-9]*", os.environ.get("OMP_NUM_THREADS", ""))  # may be empty, or a list
-    threads = min([threads, *map(int, given)])
+    # may be empty, or a list
+    threads = min([threads, *map(int, re.findall("^[1-9][0-9]*", os.environ.get("OMP_NUM_THREADS", "")))])
     os.environ["OMP_NUM_THREADS"] = str(threads)
     _work = ("", pickle.loads(function) if isinstance(function, bytes) else function)
     if not isinstance(function, bytes):  # forked: its libraries have started threads, which would slow one another down

@@ -271,8 +271,7 @@ class LatentSource:
 
 def told(explanation: Explanation) -> Record:
     """Return what every page says of an explanation, in both languages."""
-    names = ("explainer", "kind", "status", "text_it", "text_en")
-    own = {name: getattr(explanation, name) for name in names}
+    own = {name: getattr(explanation, name) for name in ("explainer", "kind", "status", "text_it", "text_en")}
     return {**own, "title_it": explanation.title("it"), "title_en": explanation.title("en")}
 
 

@@ -7,9 +7,9 @@ alone load one number per token of the whole cache, for work that needs all of t
 from __future__ import annotations
 
 import hashlib
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from numbers import Integral
@@ -57,11 +57,7 @@ class FeatureCache:
         for shard in manifest.shards:
             sizes = {"tokens": shard.n_windows * manifest.context_size, "text_ptr": shard.n_documents + 1}
             self._lengths[shard_file("tokens", shard.index)] = sizes
-        allowed = 4 * MAPPED_FILES
-        with suppress(ImportError):  # Windows has no such limit
-            from resource import RLIMIT_NOFILE, getrlimit
-
-            allowed = getrlimit(RLIMIT_NOFILE)[0]
+        allowed = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # Windows has no such limit
         self.map_file = lru_cache(MAPPED_FILES if allowed < 0 else min(MAPPED_FILES, allowed // 4))(self._map)
 
     def _map(self, file: str) -> dict[str, np.ndarray]:

@@ -57,8 +57,7 @@ def build() -> App:
         name="sae-italian",
         help_format="plaintext",  # Markdown would cost a third of the start
         help="Sparse autoencoders on Italian language models, one command each.",
-        help_epilogue="--json, after any command, prints its result as JSON.\n\nModels and SAEs go to the GPU where PyTorch sees "
-        "one; CUDA_VISIBLE_DEVICES= before a command keeps it on the processor.",
+        help_epilogue=_TOLD["epilogue"],
         version=sae_italian.__version__,
         suppress_keyboard_interrupt=False,  # `main` says what is kept
         default_parameter=Parameter(negative=""),
@@ -109,14 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}; finished parts are kept."
         return _fail(said, 2)
     except (MemoryError, RuntimeError) as error:
-        # as NumPy, CUDA and PyTorch's CPU say it
-        if not re.search("out of memory|allocate", str(error)):
+        if not re.search("out of memory|allocate", str(error)):  # as NumPy, CUDA and PyTorch's CPU say it
             raise
-        return _fail(
-            f"the memory is full ({str(error).partition('. ')[0]:.200}); finished parts are kept. Ask for less at once, or "
-            "leave the GPU: CUDA_VISIBLE_DEVICES= before the command keeps it on the processor.",
-            2,
+        why = (
+            f"the memory is full ({str(error).partition('. ')[0]:.200}); finished parts are kept. Ask for less at once"
         )
+        return _fail(f"{why}, or stay on the processor: CUDA_VISIBLE_DEVICES= before the command.", 2)
 
 
 def _done(command: Callable[..., Any], bound: BoundArguments, own_folder: bool, minutes: float) -> Result | None:

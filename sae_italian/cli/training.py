@@ -3,8 +3,8 @@
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -14,7 +14,7 @@ import sae_italian
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain, shown
 from sae_italian.base.statistics import Estimate
-from sae_italian.base.storage import RUN_FILE, record_in, write_json, write_text
+from sae_italian.base.storage import RUN_FILE, record_in, write_text
 from sae_italian.cli import Count, Folder, Result, Sae, Source, Workers, own_words
 from sae_italian.saes import model_of
 from sae_italian.saes.loading import full_name
@@ -76,15 +76,14 @@ def train(
     from sae_italian.training import read_values, spec_from_dict, suite_from_dict
     from sae_italian.training.config import SUITE_KEY
     from sae_italian.training.logging import sweep_folder
+    from sae_italian.training.run import check_run, on_ray, on_this_machine
+    from sae_italian.training.suite import plan
 
     values = read_values(config, *words)
     if origin is not None:
         values["from_pretrained_path"] = full_name(origin)
     suite = suite_from_dict(values) if SUITE_KEY in values else None
     if dry_run:
-        from sae_italian.training.run import check_run
-        from sae_italian.training.suite import plan
-
         groups = [{"SAE": spec_from_dict(values)}] if suite is None else suite.groups()
         check_run(next(iter(groups[0].values())))
         return Result(*plan(groups, None if suite is None else suite.memory_gb))
@@ -94,10 +93,12 @@ def train(
         spec = spec_from_dict(values)
         if (where.engine != "local" and not processes) or where.workers:
             raise UsageError("--workers is for suites, whose groups are independent; one SAE takes --processes.")
-        if processes and (processes > 1 or where.engine == "ray"):
-            _train_in_processes(spec, processes, out, folder, where)
-        else:
-            sae_italian.train(spec, out, **asdict(folder))
+        launch: Any = sae_italian.train
+        if where.engine == "ray":
+            launch = partial(on_ray, n=processes or 1, address=where.address)
+        elif (processes or 1) > 1:
+            launch = partial(on_this_machine, n=processes or 1)
+        launch(spec, out=out, **asdict(folder))
         if int(os.environ.get("RANK", "0")):
             return None
         return Result({"sae": str(out)}, f"SAE: {out}") if spec.seeds == 1 else _several_seeds(out)
@@ -115,20 +116,6 @@ def _several_seeds(out: Path) -> Result:
 
     found = recurrence(out)
     return Result({"sae": str(out), "seeds": plain(found)}, f"{found.table()}\n\nSAE: {out}")
-
-
-def _train_in_processes(spec: Any, n: int, out: Path, folder: Folder, where: Workers) -> None:
-    from sae_italian.training.run import on_ray, on_this_machine
-
-    how = asdict(folder)
-    if where.engine == "ray":
-        on_ray(spec, n, out, where.address, **how)
-    else:
-        flags = [f"--{name}" for name, given in how.items() if given]
-        with TemporaryDirectory() as place:  # a run that is overwritten may lose its own record before all have read it
-            checked = Path(place) / "config.yaml"
-            write_json(checked, spec.model_dump(mode="json"))
-            on_this_machine(spec, n, ["train", str(checked), "--out", str(out), *flags])
 
 
 def evaluate(

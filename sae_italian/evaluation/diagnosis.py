@@ -41,8 +41,7 @@ class Sample(NamedTuple):
 def take_sample(sae: Any, model: Any, tokens: Int[Tensor, "windows context"], keep: Tensor) -> Sample:
     hook_in, hook_out = hooks_of(sae)
     acts = read_many(model, tokens.to(model.device), [hook_in, hook_out])
-    x, y = (acts[hook][keep].to(sae.device, sae.dtype) for hook in (hook_in, hook_out))
-    return Sample(tokens, keep, x, y)
+    return Sample(tokens, keep, *(acts[hook][keep].to(sae.device, sae.dtype) for hook in (hook_in, hook_out)))
 
 
 def activations(
@@ -119,11 +118,9 @@ def best_scale(sae: Any, sample: Sample) -> tuple[float, Fit]:
 def best_output_scale(sae: Any, sample: Sample) -> tuple[float, float]:
     """Return the factor on what the decoder adds to its bias that explains y best, and the gain in explained variance."""
     z = sae.encode(sample.x)
-    y, base, with_z = (
-        each.cpu().double()
-        for each in (sample.y, decoded(sae, torch.zeros_like(z), sample.x), decoded(sae, z, sample.x))
-    )
-    added, wanted = with_z - base, y - base
+    written = (decoded(sae, latents, sample.x) for latents in (torch.zeros_like(z), z))
+    base, whole, y = (each.cpu().double() for each in (*written, sample.y))
+    added, wanted = whole - base, y - base
     factor = ((added * wanted).sum() / added.pow(2).sum().clamp_min(1e-12)).item()
     centred = (y - y.mean(0)).pow(2).sum()
     gain = ((wanted - added).pow(2).sum() - (wanted - factor * added).pow(2).sum()) / centred

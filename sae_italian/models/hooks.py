@@ -29,9 +29,7 @@ _BRIDGE = {
 }
 SITES: dict[Site, str] = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "hook_mlp_out", "TC": "mlp.hook_in"}
 # What Hugging Face models call a block's container and its parts: how sparsify, Delphi and people name a module's output.
-_PATH = re.compile(
-    r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.([0-9]{1,9})(?:\.(self_attn|attn|attention|mlp))?"
-)
+_PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.(\d{1,9})(?:\.(self_attn|attn|attention|mlp))?")
 _OUTPUTS = {None: "hook_resid_post", "mlp": "hook_mlp_out"}  # by the part in a path; else the attention's
 _LLAMA = {"": "", "attn": ".self_attn", "mlp": ".mlp", "ln2": ".post_attention_layernorm"}
 _adapters: dict[str, Any] = {}  # by what a config says, which is read anew for each SAE

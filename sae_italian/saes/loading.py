@@ -100,17 +100,13 @@ def open_sae(sae: Any, model: Any = None, corpus: str | Path | None = None) -> t
 
 
 def model_of(sae: Any, model: Any = None) -> Any:
-    """Return a model: itself, the one of that name, or the one the SAE names. Raises: UsageError when it names none.
-
-    On a GPU it is loaded in the precision that the SAE was trained on, so that it fits where the training did.
-    """
+    """Return a model: itself, or that of a name, or the one the SAE names, on a GPU as precise as in training. Raises: UsageError."""
     model = model or sae.cfg.metadata.model_name
     if not model:
         raise UsageError("the SAE's metadata does not name its model; give one (--model).")
-    if not isinstance(model, str):
-        return model
     kind = str((sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("dtype")).removeprefix("torch.")
-    return load_model(model, dtype=kind if kind in DTYPES and device_of("auto") != "cpu" else "float32")
+    dtype = kind if kind in DTYPES and device_of("auto") != "cpu" else "float32"
+    return load_model(model, dtype=dtype) if isinstance(model, str) else model
 
 
 def full_name(sae: Any) -> str:
@@ -186,9 +182,8 @@ def check_sae(sae: Any, name: str = "the SAE") -> None:
     for key, kind in {"model_name": str, "dataset_path": str, "context_size": int}.items():
         value = sae.cfg.metadata[key]
         if not isinstance(value, kind | None) or (kind is int and value is not None and value < 2):
-            expected = "a name" if kind is str else "a number of tokens, 2 or more,"
-            told = f"metadata.{key} in its cfg.json is {value!r}; {expected} was expected."
-            raise DataError(f"{name} cannot be used: {told}")
+            told = "a name" if kind is str else "a number of tokens, 2 or more,"
+            raise DataError(f"{name} cannot be used: metadata.{key} in its cfg.json is {value!r}; {told} was expected.")
 
 
 def check_hooks(sae: Any, model: Any, *, writes: bool = False) -> str:

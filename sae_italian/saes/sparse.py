@@ -278,8 +278,7 @@ def latent_sums(weights: Tensor, indices: Tensor, other: Tensor, n: int) -> Tens
 
 
 def _scattered(weights: Tensor, indices: Tensor, like: Tensor) -> Tensor:
-    dense = like.new_zeros(len(indices), len(like))
-    return dense.scatter_add_(1, indices, weights.to(like.dtype))
+    return like.new_zeros(len(indices), len(like)).scatter_add_(1, indices, weights.to(like.dtype))
 
 
 def has_csr(tensor: Tensor) -> bool:

@@ -6,7 +6,7 @@ which is what the tests train again (tests/bench/record_curves.py writes them).
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -28,26 +28,17 @@ TITLES = {
 # How far a run of the same recipe may be from its curve: a share of the curve's value, and an absolute distance. Chosen,
 # not estimated: wide enough for another seed or machine.
 TOLERANCE = {"loss": (0.15, 0.0), "l0": (0.15, 0.5), "explained_variance": (0.0, 0.04), "dead": (0.0, 0.05)}
+# The metrics of TITLES by `share`, that of the training done, in (0, 1]; `dead` is a share of the latents.
+Curve = dict[str, Float[np.ndarray, " rows"]]
 # Settings that leave the curve as it is.
 NEUTRAL = {"seed", "seeds", "device"} | CHANGEABLE
 
 
-class Curve(NamedTuple):
-    """Metrics by share of the training done, in (0, 1]; `dead` is a share of the latents."""
-
-    share: Float[np.ndarray, " rows"]
-    values: dict[str, Float[np.ndarray, " rows"]]
-
-    def at(self, share: Float[np.ndarray, " points"]) -> dict[str, Float[np.ndarray, " points"]]:
-        """Return the metrics at other shares of the training, interpolated."""
-        return {name: np.interp(share, self.share, values) for name, values in self.values.items()}
-
-
 def read_curve(folder: Path) -> Curve:
     """Return the curve of a training's folder, finished or not. Raises: UsageError where there is none."""
-    spec = record_in(folder).get("spec")
+    spec = record_in(folder).get("spec", {})
     file = folder / METRICS_FILE
-    if not file.is_file() or not spec or "sae" not in spec:
+    if not file.is_file() or "sae" not in spec:
         raise UsageError(f"{folder} is not a training's folder: metrics.jsonl and run.json are expected there.")
     rows = [row for row in read_metrics(file) if "losses/overall_loss" in row]
     if not rows:
@@ -56,8 +47,8 @@ def read_curve(folder: Path) -> Curve:
     with understood(f"what {file} or run.json holds", "Copy the training's folder again, or train again."):
         n_tokens, l0, explained, dead = (np.array([row[key] for row in rows], float) for key in keys)
         loss = np.array([next(row[key] for key in LOSS_KEYS if key in row) for row in rows], float)
-        values = {"loss": loss, "l0": l0, "explained_variance": explained, "dead": dead / spec["sae"]["d_sae"]}
-        return Curve((n_tokens / spec["training_tokens"]).clip(max=1.0), values)
+        share, dead = (n_tokens / spec["training_tokens"]).clip(max=1.0), dead / spec["sae"]["d_sae"]
+        return {"share": share, "loss": loss, "l0": l0, "explained_variance": explained, "dead": dead}
 
 
 def recorded_curves(size: str = "full") -> Iterator[tuple[str, dict[str, Any], Curve]]:
@@ -68,8 +59,8 @@ def recorded_curves(size: str = "full") -> Iterator[tuple[str, dict[str, Any], C
     for file in sorted(configs_folder().glob("*/curves/*.json")):
         with understood(file, "Install sae-italian again."):
             plain = read_json(file)
-            values = {name: np.array(plain[size][name], float) for name in TITLES}
-            yield plain["recipe"], plain["spec"], Curve(np.array(plain[size]["share"]), values)
+            curve = {name: np.array(plain[size][name], float) for name in ("share", *TITLES)}
+            yield plain["recipe"], plain["spec"], curve
 
 
 def same_recipe(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -94,7 +85,7 @@ def look_at_training(folder: Path) -> tuple[list[Finding], str]:
     curve, spec = read_curve(folder), record_in(folder)["spec"]
     same = ((recipe, healthy) for recipe, other, healthy in recorded_curves() if same_recipe(other, spec))
     recipe, healthy = next(same, ("", None))
-    done = "finished" if (folder / WEIGHTS).is_file() else f"{100 * curve.share[-1]:.0f} % done"
+    done = "finished" if (folder / WEIGHTS).is_file() else f"{100 * curve['share'][-1]:.0f} % done"
     beside = f"beside a healthy run of {recipe}" if healthy else "no curve of this recipe is recorded"
     checks = [Finding("training", "pass", f"{done}; {beside}"), *_checks(curve, healthy, spec)]
     return checks, _picture(
@@ -104,25 +95,25 @@ def look_at_training(folder: Path) -> tuple[list[Finding], str]:
 
 def _checks(curve: Curve, healthy: Curve | None, spec: dict[str, Any]) -> Iterator[Finding]:
     """Yield divergence, L0, dead latents and explained variance, each judged on the last tenth of the rows."""
-    n = max(1, len(curve.share) // 10)
-    last = {name: float(values[-n:].mean()) for name, values in curve.values.items()}
+    n = max(1, len(curve["share"]) // 10)
+    last = {name: float(curve[name][-n:].mean()) for name in TITLES}
     k, n_warm = spec["sae"].get("k"), max(spec["sae"].get(f"l{norm}_warm_up_steps", 0) for norm in (0, 1))
     warm = n_warm * spec["train_batch_size_tokens"] / spec["training_tokens"]
     # before, fewer latents fire with every step, and the loss grows by plan
-    settled = curve.share > max(spec.get("k_anneal_share", 0.0), warm)
-    yield _loss_check(curve.values["loss"], settled, last["loss"], spec["lr"])
+    settled = curve["share"] > max(spec.get("k_anneal_share", 0.0), warm)
+    yield _loss_check(curve["loss"], settled, last["loss"], spec["lr"])
     if k is not None:
         good = not settled[-n] or abs(last["l0"] - k) <= 0.05 * k
         yield _judged("l0", good, f"{last['l0']:.4g}, k = {k}", "look at the activations' scale and at the threshold")
     if healthy is None:
         return
-    at = {name: float(values.mean()) for name, values in healthy.at(curve.share[-n:]).items()}
+    at = {name: float(np.interp(curve["share"][-n:], healthy["share"], healthy[name]).mean()) for name in TITLES}
     if k is None:
         key = next((key for key in ("l1_coefficient", "l0_coefficient") if key in spec["sae"]), "its coefficient")
         remedy = f"{'raise' if last['l0'] > at['l0'] else 'lower'} sae.{key}"
         good = at["l0"] / 2 <= last["l0"] <= at["l0"] * 2
         yield _judged("l0", good, f"{last['l0']:.4g} where {at['l0']:.4g} is healthy", remedy)
-    earlier = float(np.mean(curve.values["dead"][: max(1, len(curve.share) // 2)][-n:]))
+    earlier = float(np.mean(curve["dead"][: max(1, len(curve["share"]) // 2)][-n:]))
     rising = " and rising" if last["dead"] > earlier + 0.01 else ""
     found = f"{100 * last['dead']:.1f} %{rising} where {100 * at['dead']:.1f} % is healthy"
     good = last["dead"] <= band("dead", np.array([at["dead"]]))[1][0]
@@ -155,9 +146,9 @@ def _picture(curve: Curve, healthy: Curve | None, label: str, name: str) -> str:
     def draw(axes: Any) -> None:
         for axis, (metric, words) in zip(axes, TITLES.items(), strict=True):
             if healthy:
-                low, high = band(metric, healthy.values[metric])
-                axis.fill_between(healthy.share, low, high, color=REFERENCE, alpha=0.35, linewidth=0, label=label)
-            axis.plot(curve.share, curve.values[metric], color=OURS, linewidth=1.5, label=name)
+                low, high = band(metric, healthy[metric])
+                axis.fill_between(healthy["share"], low, high, color=REFERENCE, alpha=0.35, linewidth=0, label=label)
+            axis.plot(curve["share"], curve[metric], color=OURS, linewidth=1.5, label=name)
             axis.set_title(words, fontsize=10)
             axis.set_xlabel("share of the training\nquota dell’addestramento")
         axes[0].legend()

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from sae_italian.base.errors import SaeItalianError, UsageError
-from sae_italian.base.storage import STOP_SIGNALS, claimed, record_in
+from sae_italian.base.storage import STOP_SIGNALS, claimed, record_in, write_json
 from sae_italian.base.units import connect
 from sae_italian.corpora.pretokenize import is_pretokenized
 from sae_italian.corpora.stream import check_corpus
@@ -227,8 +227,8 @@ def open_stream(
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def on_this_machine(spec: RunSpec, n: int, arguments: Sequence[str]) -> None:
-    """Run `sae-italian ARGUMENTS`, a training of `spec`, in `n` processes of this machine; return when all are done.
+def on_this_machine(spec: RunSpec, n: int, out: Path, **how: bool) -> None:
+    """Train `spec` into `out` by `n` processes of this machine; return when all are done. `how` is what `train` takes.
 
     Rank 0 writes to this terminal. Raises: UsageError before anything is started for what so many cannot train, and for a
     process that was ended, naming it; SystemExit, with its exit code, when rank 0 has said why it stopped.
@@ -254,7 +254,12 @@ def on_this_machine(spec: RunSpec, n: int, arguments: Sequence[str]) -> None:
             signals_to_handle=",".join(Signals(number).name for number in STOP_SIGNALS),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "sae_italian.cli", *arguments)
+            # told, not where to read them: a run that is overwritten may lose its record before all have read it
+            settings = Path(folder) / "settings.yaml"
+            write_json(settings, spec.model_dump(mode="json"))
+            flags = (f"--{name}" for name, given in how.items() if given)
+            train_them = elastic_launch(config, sys.executable)
+            train_them("-m", "sae_italian.cli", "train", str(settings), "--out", str(out), *flags)
         except SignalException as stop:
             raise SystemExit(STOPPED) from stop
         except ChildFailedError as failed:

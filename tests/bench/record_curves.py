@@ -44,8 +44,7 @@ def shortened(spec: RunSpec) -> RunSpec:
 
 def plain(curve: Curve) -> dict[str, list[float]]:
     """Return a curve as JSON, rounded to four digits."""
-    columns = {"share": curve.share, **curve.values}
-    return {name: [float(f"{x:.4g}") for x in values] for name, values in columns.items()}
+    return {name: [float(f"{x:.4g}") for x in values] for name, values in curve.items()}
 
 
 def record(recipe: str, *, full: bool = True) -> Path:
@@ -69,15 +68,13 @@ def kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def outside(curve: Curve, reference: Curve) -> list[str]:
     """Return a sentence for each metric of a run that leaves the band of a curve of the same recipe."""
-    found, expected = [], reference.at(curve.share)
+    found = []
     for name in TITLES:
-        low, high = band(name, expected[name])
-        bad = ~((curve.values[name] >= low - 1e-9) & (curve.values[name] <= high + 1e-9))
+        low, high = band(name, np.interp(curve["share"], reference["share"], reference[name]))
+        bad = ~((curve[name] >= low - 1e-9) & (curve[name] <= high + 1e-9))
         if bad.any():
             i = int(np.argmax(bad))
-            found.append(
-                f"{name} is {curve.values[name][i]:.4g} at {curve.share[i]:.0%}; {low[i]:.4g} to {high[i]:.4g}"
-            )
+            found.append(f"{name} is {curve[name][i]:.4g} at {curve['share'][i]:.0%}; {low[i]:.4g} to {high[i]:.4g}")
     return found
 
 

@@ -28,7 +28,7 @@ def test_every_recipe_has_its_curve():
 def test_a_shortened_recipe_trains_along_its_curve(recipe, tmp_path):
     curve = read_curve(train(shortened(load_spec(recipe)), tmp_path / "sae"))
     _, short = SHORT[recipe]
-    assert curve.share == pytest.approx(short.share) and len(curve.share) == 4
+    assert curve["share"] == pytest.approx(short["share"]) and len(curve["share"]) == 4
     assert outside(curve, short) == []
 
 
@@ -51,12 +51,12 @@ def test_the_recorded_run_itself_is_healthy(recipe, tmp_path):
     spec, curve = RECORDED[recipe]
     folder = written(tmp_path, curve, spec)
     assert not findings(folder) and recipe in look_at_training(folder)[0][0].found
-    assert curve.values["explained_variance"][-1] > 0.5 and curve.share[-1] > 0.95
+    assert curve["explained_variance"][-1] > 0.5 and curve["share"][-1] > 0.95
 
 
 def written(folder, curve: Curve, spec: dict, **changes):
     """A training's folder with these curves; `changes` replace metrics by functions of the recorded one."""
-    values = {name: changes.get(name, lambda x: x)(curve.values[name]) for name in TITLES}
+    values = {name: changes.get(name, lambda x: x)(curve[name]) for name in TITLES}
     rows = [
         {
             "step": 10 * i,
@@ -66,7 +66,7 @@ def written(folder, curve: Curve, spec: dict, **changes):
             "metrics/explained_variance": values["explained_variance"][i],
             "sparsity/dead_features": values["dead"][i] * spec["sae"]["d_sae"],
         }
-        for i, share in enumerate(curve.share.tolist())
+        for i, share in enumerate(curve["share"].tolist())
     ]
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9')
@@ -79,7 +79,7 @@ def healthy(monkeypatch, small_spec):
     """A recipe with a curve as one would draw it: loss falls, explained variance rises to 0.9, a few latents die."""
     share = np.linspace(0.02, 1, 50)
     values = {"loss": 100 * np.exp(-3 * share), "l0": 8 + 0 * share, "dead": 0.05 * share}
-    curve, spec = Curve(share, {**values, "explained_variance": 0.9 * (1 - np.exp(-5 * share))}), {}
+    curve, spec = {"share": share, **values, "explained_variance": 0.9 * (1 - np.exp(-5 * share))}, {}
     monkeypatch.setattr(curves, "recorded_curves", lambda: iter([("r/own", spec, curve)]))
     spec |= small_spec.model_dump(mode="json")
     return curve, spec
@@ -128,11 +128,11 @@ def test_the_grey_band_is_what_is_tolerated_and_the_legend_says_so(healthy, tmp_
     for axis, name in zip(axes, TITLES, strict=True):
         ((corners,), (line,)) = (axis.collections[0].get_paths(), axis.lines)
         relative, absolute = curves.TOLERANCE[name]
-        at, room = corners.vertices[:, 1], relative * curve.values[name] + absolute
-        low, high = curve.values[name] - room, curve.values[name] + room
+        at, room = corners.vertices[:, 1], relative * curve[name] + absolute
+        low, high = curve[name] - room, curve[name] + room
         assert at.min() == pytest.approx(max(low.min(), 0) if name == "dead" else low.min())
         assert at.max() == pytest.approx(high.max())
-        assert line.get_ydata() == pytest.approx(curve.values[name] + (0.1 if name == "l0" else 0))
+        assert line.get_ydata() == pytest.approx(curve[name] + (0.1 if name == "l0" else 0))
     words = [text.get_text() for text in axes[0].get_legend().get_texts()]
     assert words[0].startswith("tolerated around a healthy run") and words == [*words[:1], "run"]
 
@@ -142,10 +142,10 @@ def test_a_loss_that_grows_by_plan_is_not_diverging(healthy, tmp_path, warm):
     """While k falls, or an L1 coefficient grows, fewer latents fire with every step; after that it may not grow."""
     curve, spec = healthy
     planned = {**spec, **warm}
-    by_plan = written(tmp_path / "plan", curve, planned, loss=lambda x: 20 + 60 * np.minimum(curve.share / 0.6, 1))
+    by_plan = written(tmp_path / "plan", curve, planned, loss=lambda x: 20 + 60 * np.minimum(curve["share"] / 0.6, 1))
     assert "training: loss" not in findings(by_plan)
     assert "training: loss" in findings(written(tmp_path / "fixed", curve, spec, loss=lambda x: 20 + 60 * ramp(x)))
-    late = written(tmp_path / "late", curve, planned, loss=lambda x: np.where(curve.share < 0.8, 20.0, 200.0))
+    late = written(tmp_path / "late", curve, planned, loss=lambda x: np.where(curve["share"] < 0.8, 20.0, 200.0))
     assert "diverging" in findings(late)["training: loss"]
 
 
@@ -169,7 +169,7 @@ def test_an_l1_saes_l0_is_held_against_the_curve(healthy, tmp_path):
 
 def test_a_run_half_done_is_held_against_half_the_curve(healthy, tmp_path):
     curve, spec = healthy
-    half = Curve(curve.share[:25], {name: values[:25] for name, values in curve.values.items()})
+    half = {name: values[:25] for name, values in curve.items()}
     run = written(tmp_path / "run", half, spec)
     assert not findings(run) and look_at_training(run)[0][0].found == "50 % done; beside a healthy run of r/own"
 
