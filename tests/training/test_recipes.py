@@ -213,8 +213,8 @@ def test_a_small_suite_ends_healthy(name, tmp_path):
     for folder in train_suite(load_suite(name), tmp_path / "out"):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert rows[-1]["metrics/explained_variance"] > 0.3
-        # at step 0 the annealing lets all fire, so the loss is low; it ends at step 10
-        assert [rows[1]["step"], rows[-1]["step"]] == [10, 90]
+        # at step 0 an annealing lets all latents fire, so the loss is low; in mini/suite it ends at step 10
+        assert rows[1]["step"] == 10
         assert rows[-1]["losses/mse_loss"] < 0.8 * rows[1]["losses/mse_loss"]
 
 
