@@ -314,7 +314,7 @@ def test_a_command_on_a_gpu_tells_what_it_tells_on_the_cpu(
         capsys.readouterr()
         with pytest.MonkeyPatch.context() as patch, Pretended(wide=False) as gpu:
             for door in (models_loading, saes_loading):
-                patch.setattr(door, "device_of", lambda _, device=device: device)
+                patch.setattr(door, "device_of", lambda name, here=device: here if name == "auto" else name)
             patch.setattr(saes_loading, "_from_folder", _moved(saes_loading._from_folder))
             assert main([*words, "--json"]) == 0, capsys.readouterr().err
         told[device] = json.loads(capsys.readouterr().out)
