@@ -1,13 +1,14 @@
 """A GPU that is pretended on the CPU: real numbers, but every tensor remembers where it would be.
 
 `with Pretended() as gpu:` lets tensors say `device="cuda"`, so that the code takes the branches it takes on a GPU, and
-refuses what CUDA would refuse: operands on two devices, NumPy on a GPU's tensor, a generator of the CPU for it. `gpu.syncs`
-counts what would make the CPU wait for the GPU, by the place that asked. With `wide=False` it has no float64, as an Apple GPU
-has none.
+refuses what CUDA would refuse: operands on two devices, NumPy on a GPU's tensor, a generator of the CPU for it, a forked
+process. `gpu.syncs` counts what would make the CPU wait for the GPU, by the place that asked. With `wide=False` it has no
+float64, as an Apple GPU has none.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -66,7 +67,7 @@ def kind(device: Any) -> str | None:
 class Pretended(TorchFunctionMode):
     def __init__(self, *, wide: bool = True) -> None:
         super().__init__()
-        self.wide = wide
+        self.wide, self.pid = wide, os.getpid()
         self.syncs: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,6 +137,8 @@ class Pretended(TorchFunctionMode):
         gpu = [each for each in given if place(each) == GPU]
         if not gpu:
             return
+        if os.getpid() != self.pid:
+            raise Mixed("CUDA cannot be used in a forked process")
         if name in HERE and place(given[0]) == GPU:
             if name in ("numpy", "__array__"):
                 raise Mixed("can't convert a cuda tensor to numpy; use .cpu() first")

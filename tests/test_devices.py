@@ -129,6 +129,10 @@ def test_the_pretended_gpu_refuses_what_cuda_refuses():
         layer(a).sum().backward()
         assert layer.weight.device.type == "cuda" and place(layer(a)) == "cuda"
         assert a.double().device.type == "cuda"
+        gpu.pid = 0  # as in a child of this process
+        assert (b + 1).device.type == "cpu"
+        with pytest.raises(Mixed, match="forked"):
+            a + 1
     with Pretended(wide=False), pytest.raises(Mixed, match="float64"):
         torch.zeros(3, device="cuda").double()
 
@@ -281,8 +285,8 @@ COMMANDS = {
     "patching": "ioi sae-italian-mini --sae SAE --n-pairs 2 --thresholds 2 --check 4 --anyway",
     "geometry": "geometry SAE --out OUT/g --sample 100",
     "graph": "graph sae-italian-mini TRANSCODERS LaCasa --out OUT/g check=2",
-    "probes": "benchmark SAE --out OUT/b tasks=P2-number seeds=1",
-    "explanations": "autointerp OUT/cache --n-latents 3",
+    "probes": "benchmark SAE --out OUT/b tasks=P2-number,P2-gender seeds=1",
+    "explanations": "autointerp OUT/cache --n-latents 40 --workers 2",
     "subject": "autointerp OUT/cache --subject n_scored=1",
 }
 
