@@ -25,6 +25,7 @@ BACKENDS = ("hf", "bridge", "hooked")
 DTYPES = ("float32", "bfloat16", "float16")
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu128"
 TOLERANCE = 1e-4  # largest relative difference between backends, in float32
+_HUB_CONFIGS: dict[Any, Any] = {}  # by repository and revision: a suite asks 256 times, and the hub counts requests
 HOOKED_CONTEXT = 4096  # TransformerLens would cap Mistral at 2048; its masks grow with the square
 
 
@@ -94,7 +95,11 @@ def load_model_config(name: str | Path) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    config = _fetch(AutoConfig.from_pretrained, resolve(name))
+    resolved = resolve(name)
+    key = (resolved.load_from, resolved.revision)
+    config = _HUB_CONFIGS.get(key) or _fetch(AutoConfig.from_pretrained, resolved)
+    if not Path(resolved.load_from).is_dir():
+        _HUB_CONFIGS[key] = config
     width = getattr(config, "hidden_size", None)
     if not isinstance(width, int):
         raise UsageError(

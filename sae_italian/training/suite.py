@@ -21,7 +21,7 @@ from sae_italian.corpora.packing import special_mask
 from sae_italian.evaluation.card import Outliers, outliers_of
 from sae_italian.models import load_model, load_model_config, load_tokenizer
 from sae_italian.models.activations import read_many
-from sae_italian.models.hooks import SITES, Site, parse_hook_name
+from sae_italian.models.hooks import SITES, Site
 from sae_italian.training.config import RunSpec, read_values, spec_from_dict
 from sae_italian.training.shards import FLOAT, traffic
 from sae_italian.training.text import WindowBlocks, check_length, training_documents
@@ -65,12 +65,12 @@ class SuiteSpec(BaseModel):
             name = f"L{layer}{site}-{expansion:g}x"
             if name in made:
                 raise UsageError(f"{name} comes twice in the suite. Name each layer, site and expansion once.")
-            spec = self._member(layer, site, expansion, config.hidden_size)
+            made[name] = self._member(layer, site, expansion, config.hidden_size)
+        for name, spec in made.items():
             try:
-                parse_hook_name(spec.hook_name, config.num_hidden_layers).module_path(config)
+                spec.sae_config()
             except UsageError as error:
                 raise UsageError(f"{name}: {error}") from error
-            made[name] = spec
         return made
 
     def _member(self, layer: int, site: Site, expansion: float, d_in: int) -> RunSpec:
@@ -132,16 +132,17 @@ def suite_from_dict(values: dict[str, Any]) -> SuiteSpec:
 def memory_of(specs: Sequence[RunSpec]) -> dict[str, float]:
     """Return what training these SAEs on one pass of their model takes, in 10^9 bytes by what they hold.
 
-    SAEs are trained one after the other, so `step` is that of the largest. Raises: UsageError as `RunSpec.sae_config`.
+    SAEs are trained one after the other, so `step` is that of the largest. The specs are taken as `RunSpec.sae_config`
+    has found them good: a suite asks this for each of its SAEs.
     """
     first, saes, steps = specs[0], 0, []
-    for spec in specs:
-        sae = spec.sae_config()
-        both = sae.d_in + getattr(sae, "d_out", sae.d_in)
-        matrices = SPARSE_MATRICES if sae.architecture() in SPARSE else DENSE_MATRICES
-        saes += COPIES * FLOAT * sae.d_sae * (both + 1)
-        steps.append(FLOAT * spec.train_batch_size_tokens * (matrices * sae.d_sae + 4 * both))
     model: Any = load_model_config(first.model)
+    both = 2 * model.hidden_size  # what goes in and what comes out
+    for spec in specs:
+        d_sae, architecture = spec.sae["d_sae"], spec.sae["architecture"]
+        matrices = SPARSE_MATRICES if architecture in SPARSE else DENSE_MATRICES
+        saes += COPIES * FLOAT * d_sae * (both + 1)
+        steps.append(FLOAT * spec.train_batch_size_tokens * (matrices * d_sae + 4 * both))
     width = 2 if first.dtype == "bfloat16" else 4
     hidden = getattr(model, "intermediate_size", None) or 4 * model.hidden_size
     hooks = {hook for spec in specs for hook in spec.hook_names}

@@ -29,5 +29,6 @@ def empty_hub(tmp_path, monkeypatch):
 def use_cache(monkeypatch, folder):
     import huggingface_hub.constants
 
+    monkeypatch.setattr("sae_italian.models.loading._HUB_CONFIGS", {})  # of the hub before
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

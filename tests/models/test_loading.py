@@ -2,12 +2,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Gemma3TextConfig, GemmaTokenizer
+from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, GemmaTokenizer
 
 from sae_italian.base.errors import UsageError
 from sae_italian.models import catalogue, load_model, resolve
 from sae_italian.models.activations import logits_with_replacement, read_activations
-from sae_italian.models.loading import compare_backends, load_tokenizer
+from sae_italian.models.loading import compare_backends, load_model_config, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +158,13 @@ def test_a_control_token_typed_in_a_document_is_characters_in_every_backend(back
 def test_unknown_backend():
     with pytest.raises(UsageError, match="hooked"):
         load_model("mini", "hoked")  # pyright: ignore
+
+
+def test_the_hub_is_asked_once_for_a_config(cached_hub, monkeypatch):
+    """A suite of 256 SAEs asks for it more than 256 times, and the hub refuses who asks too often."""
+    asked, ask = [], AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: asked.append(a) or ask(*a, **k))
+    widths = {load_model_config(name).hidden_size for name in ("minerva-350m", "sapienzanlp/Minerva-350M-base-v1.0")}
+    assert widths == {288} and len(asked) == 1
+    load_model_config("minerva-1b")
+    assert len(asked) == 2

@@ -14,7 +14,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.units import map_units
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
-from sae_italian.training import load_spec, load_suite, train, train_suite
+from sae_italian.training import RunSpec, load_spec, load_suite, train, train_suite
 from sae_italian.training.loop import Loop
 from sae_italian.training.run import train_group
 from sae_italian.training.suite import memory_of, n_parameters
@@ -66,6 +66,14 @@ def test_groups_are_as_large_as_fits_and_together_whole():
             assert sum(memory_of([*specs, next(iter(after.values()))]).values()) > tight.memory_gb, (
                 "one more would not fit"
             )
+
+
+def test_a_large_suite_looks_at_each_sae_once(monkeypatch):
+    """Llama Scope's has 256: with a look at every SAE of the group for each of them, its groups took minutes."""
+    looks, look = [], RunSpec.sae_config
+    monkeypatch.setattr(RunSpec, "sae_config", lambda spec: looks.append(spec.hook_name) or look(spec))
+    suite = small("layers=all", f"expansions={list(range(1, 5))}")
+    assert sum(map(len, suite.groups())) == len(looks) == 32  # four layers, R and TC
 
 
 def test_memory_is_reckoned_from_shapes(mini):
