@@ -7,19 +7,17 @@ Each setting is defined once, for every command that asks a model: the frequent 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import AnyHttpUrl, Field, PositiveInt, TypeAdapter, ValidationError
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import read_words, refusal
 
 KEY_VARIABLE = "LLM_API_KEY"
-URL = re.compile(r"https?://([^\s/@]*@)?(\[[\da-fA-F:.]+\]|[^\s/:@\[\]]+)(:\d{1,5})?([/?]\S*)?")
 AboveZero = Annotated[float, Field(gt=0, le=1e9)]  # no thread can wait for longer seconds
 
 
@@ -131,5 +129,11 @@ class LLMSettings(LLMOptions):
             raise UsageError("the rule judge cannot read a text: --explainer llm needs --judge llm.")
         if not self.llm_model or not (self.endpoint or self.estimate):
             raise UsageError("an LLM needs --endpoint URL and --llm-model NAME.")
-        if self.endpoint and not URL.fullmatch(self.endpoint):
-            raise UsageError(f"--endpoint is {self.endpoint!r}; expected a URL such as http://localhost:8000/v1.")
+        url = self.endpoint or "http://localhost"
+        try:
+            str(AnyHttpUrl(url).host).encode("idna")  # as Python will, to look it up
+            good = url.isprintable()
+        except ValueError:
+            good = False
+        if not good:
+            raise UsageError(f"--endpoint is {url!r}; expected a URL such as http://localhost:8000/v1.")

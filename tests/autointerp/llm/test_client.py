@@ -320,6 +320,10 @@ def test_a_budget_without_a_price_is_refused(client_of, tmp_path, prices):
         ({"endpoint": "http://localhost:porta/v1"}, "a URL such as"),
         ({"endpoint": "http://[::1/v1"}, "a URL such as"),
         ({"endpoint": "http://localhost:8000/v1\n"}, "a URL such as"),
+        ({"endpoint": "http://localhost:99999/v1"}, "a URL such as"),
+        ({"endpoint": "http://[1:2:3:4:5:6:7:8:9]/v1"}, "a URL such as"),
+        ({"endpoint": "http://modelli..it/v1"}, "a URL such as"),  # names that Python does not look up
+        ({"endpoint": f"http://{70 * 'a'}/v1"}, "a URL such as"),
         ({"key_env": "NO_SUCH_VARIABLE"}, "the environment has no NO_SUCH_VARIABLE"),
         ({"judge": "rule"}, "cannot read a text"),
     ],
