@@ -23,10 +23,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError, nearest
@@ -67,11 +69,12 @@ def map_units(
     """
     if engine not in get_args(Engine):
         raise UsageError(f"engine {engine!r} is unknown. {nearest(engine, get_args(Engine))}")
+    waiting: deque[Any] = deque()
     if engine == "ray":
-        return _in_order(_Ray(connect(address, workers), function, folder, gpus), units)
+        return _in_order(_on_ray(waiting, connect(address, workers), function, folder, gpus), waiting, units)
     if workers is None or workers <= 1 or (fork and not sys.platform.startswith("linux")):
         return map(function, units)
-    return _in_order(_Processes(function, workers, fork), units)
+    return _in_order(_on_processes(waiting, function, workers, fork), waiting, units)
 
 
 def in_threads(function: Callable[[Item], Found], items: Iterable[Item], concurrency: int) -> Iterator[Found]:
@@ -97,52 +100,85 @@ def in_threads(function: Callable[[Item], Found], items: Iterable[Item], concurr
         raise failure
 
 
-def _in_order(pool: _Processes | _Ray, units: Iterable[Any]) -> Iterator[Any]:
-    """Yield the results in the order of the units; end the workers however this ends."""
+# What hands a unit to the workers, what waits for its result, how many workers there are, and how the death of one is told.
+Pool = tuple[Callable[[Any], Any], Callable[[Any], Any], int, tuple[type[Exception], ...]]
+
+
+def _in_order(pool: AbstractContextManager[Pool], waiting: deque[Any], units: Iterable[Any]) -> Iterator[Any]:
+    """Yield the results in the order of the units; `waiting` are those handed out whose results were not taken yet."""
     left, n_taken = iter(units), 0
-    waiting: deque[Any] = deque()  # what the pool gave for units whose results were not taken yet
-    try:
-        while True:
-            waiting.extend(pool.submit(unit) for unit in islice(left, AHEAD * pool.workers - len(waiting)))
-            if not waiting:
-                return
-            value = pool.result(waiting[0])
-            waiting.popleft()
-            n_taken += 1
-            yield value
-    except pool.deaths as death:
-        raise UsageError(
-            f"a worker died at or near unit {n_taken} (out of memory, or killed). Use fewer workers or smaller units; "
-            "finished parts are kept, --resume continues."
-        ) from death
-    finally:
-        pool.stop(waiting)
-
-
-class Job(NamedTuple):
-    """What a worker on Ray gets once: the function, pickled, and what shows that the worker can do its units."""
-
-    function: bytes
-    probe: Path | None = None  # a file that it must see
-    version: str = sae_italian.__version__
-
-    def open(self) -> Callable[[Any], Any]:
-        """Return what does one unit in this process. Raises UsageError when this worker cannot do the job's units."""
-        here = socket.gethostname()
-        if self.version != sae_italian.__version__:
+    with pool as (submit, result, n_workers, deaths):
+        try:
+            while True:
+                waiting.extend(map(submit, islice(left, AHEAD * n_workers - len(waiting))))
+                if not waiting:
+                    return
+                value = result(waiting[0])
+                waiting.popleft()
+                n_taken += 1
+                yield value
+        except SaeItalianError as error:
+            raise error from None  # its sentence says all
+        except deaths as death:
             raise UsageError(
-                f"{here} has sae-italian {sae_italian.__version__}, this machine {self.version}. "
-                "Install the same version on every machine."
-            )
-        until = time.monotonic() + PATIENCE
-        while self.probe is not None and not self.probe.exists():
-            if time.monotonic() > until:
-                raise UsageError(
-                    f"{self.probe.parent} is not shared with {here}: a file written here is not seen there. "
-                    "Give a folder on a file system that every machine of the cluster mounts at the same path."
-                )
-            time.sleep(0.2)
-        return pickle.loads(self.function)
+                f"a worker died at or near unit {n_taken} (out of memory, or killed). Use fewer workers or smaller units; "
+                "finished parts are kept, --resume continues."
+            ) from death
+
+
+@contextmanager
+def _on_processes(waiting: deque[Any], function: Callable[..., Any], workers: int, fork: bool) -> Iterator[Pool]:
+    """Processes of this machine; where the block ends early, so do those in the middle of a unit: each removes its file."""
+    if fork:
+        gc.freeze()  # what the processes share is neither searched for garbage nor copied for it
+    threads = 1 if fork else max(1, (os.cpu_count() or 1) // workers)
+    # a spawned worker imports what the function needs once Ctrl-C is no longer for it, not while it starts
+    given = function if fork else pickle.dumps(function)
+    context = get_context("fork" if fork else "spawn")
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (given, threads))
+    try:
+        yield partial(executor.submit, _do), Future.result, workers, (BrokenProcessPool,)
+    finally:
+        for process in list((executor._processes or {}).values()) if waiting else ():
+            process.terminate()
+        executor.shutdown(wait=True, cancel_futures=True)
+        gc.unfreeze()
+
+
+@contextmanager
+def _on_ray(
+    waiting: deque[Any], ray: Any, function: Callable[..., Any], folder: Path | None, gpus: float
+) -> Iterator[Pool]:
+    """Tasks on a Ray cluster, one a unit; Ray itself does a unit again whose worker died."""
+    key, probe, said = uuid.uuid4().hex, folder and _probe(folder), ray.exceptions
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_do)
+    # in a list, Ray hands over the reference: a worker opens the job once, when it is found fit
+    job = [ray.put((ray.cloudpickle.dumps(function), sae_italian.__version__, probe))]
+
+    def result(reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except said.RayTaskError as error:
+            raise error.cause from error
+
+    n_workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    try:
+        deaths = (said.WorkerCrashedError, said.NodeDiedError, said.OutOfMemoryError)
+        yield lambda unit: task.remote(unit, key, job), result, n_workers, deaths
+    finally:
+        _cancel(ray, list(waiting))
+        if probe is not None:
+            probe.unlink(missing_ok=True)
+
+
+def _cancel(ray: Any, left: list[Any]) -> None:
+    """Stop what is not done and wait a little, so that a unit can remove the file it was writing."""
+    if left:  # Ray ends this process where a task is cancelled that is just done (its check "was not pending")
+        _, left = ray.wait(left, num_returns=len(left), timeout=2)
+    for reference in left:
+        ray.cancel(reference)
+    if left:
+        ray.wait(left, num_returns=len(left), timeout=5)
 
 
 def _probe(folder: Path) -> Path:
@@ -151,72 +187,6 @@ def _probe(folder: Path) -> Path:
     probe = folder.resolve() / f".probe.{uuid.uuid4().hex}.tmp"
     probe.touch()
     return probe
-
-
-class _Processes:
-    """Processes of this machine."""
-
-    deaths = BrokenProcessPool
-
-    def __init__(self, function: Callable[..., Any], workers: int, fork: bool):
-        self.workers = workers
-        if fork:
-            gc.freeze()  # what the processes share is neither searched for garbage nor copied for it
-        threads = 1 if fork else max(1, (os.cpu_count() or 1) // workers)
-        context = get_context("fork" if fork else "spawn")
-        # a spawned worker imports what the function needs once Ctrl-C is no longer for it, not while it starts
-        given = function if fork else pickle.dumps(function)
-        self.executor = ProcessPoolExecutor(workers, context, _start_worker, (given, threads))
-
-    def submit(self, unit: Any) -> Future[Any]:
-        return self.executor.submit(_do, unit)
-
-    def result(self, future: Future[Any]) -> Any:
-        try:
-            return future.result()
-        except SaeItalianError as error:
-            raise error from None  # its sentence says all
-
-    def stop(self, waiting: Iterable[Any]) -> None:
-        """End the workers, those in the middle of a unit too: each removes the file it was writing."""
-        for process in list((self.executor._processes or {}).values()) if waiting else ():
-            process.terminate()
-        self.executor.shutdown(wait=True, cancel_futures=True)
-        gc.unfreeze()
-
-
-class _Ray:
-    """Tasks on a Ray cluster, one a unit; Ray itself does a unit again whose worker died."""
-
-    def __init__(self, ray: Any, function: Callable[..., Any], folder: Path | None, gpus: float):
-        self.ray, self.probe, self.key = ray, folder and _probe(folder), uuid.uuid4().hex
-        died = self.ray.exceptions
-        self.deaths = (died.WorkerCrashedError, died.NodeDiedError, died.OutOfMemoryError)
-        self.task = self.ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_do)
-        self.workers = max(1, int(self.ray.cluster_resources().get("CPU", 1)))
-        # in a list, Ray hands over the reference: a worker opens the job once, when it is found fit
-        self.shared = [self.ray.put(Job(ray.cloudpickle.dumps(function), self.probe))]
-
-    def submit(self, unit: Any) -> Any:
-        return self.task.remote(unit, self.key, self.shared)
-
-    def result(self, reference: Any) -> Any:
-        try:
-            return self.ray.get(reference)
-        except self.ray.exceptions.RayTaskError as error:
-            raise error.cause from None if isinstance(error.cause, SaeItalianError) else error
-
-    def stop(self, waiting: Iterable[Any]) -> None:
-        """Stop what is not done and wait a little, so that a unit can remove the file it was writing."""
-        left = list(waiting)
-        if left:  # Ray ends this process where a task is cancelled that is just done (its check "was not pending")
-            _, left = self.ray.wait(left, num_returns=len(left), timeout=2)
-        for reference in left:
-            self.ray.cancel(reference)
-        if left:
-            self.ray.wait(left, num_returns=len(left), timeout=5)
-        if self.probe is not None:
-            self.probe.unlink(missing_ok=True)
 
 
 def connect(address: str | None, workers: int | None) -> Any:
@@ -297,6 +267,27 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _opened(function: bytes, version: str, probe: Path | None) -> Callable[[Any], Any]:
+    """Return what does one unit on Ray, in this process. Raises: UsageError for one that cannot do the job's units.
+
+    `version` is that of the package where the job is from, `probe` a file there that must be seen here.
+    """
+    here, until = socket.gethostname(), time.monotonic() + PATIENCE
+    if version != sae_italian.__version__:
+        raise UsageError(
+            f"{here} has sae-italian {sae_italian.__version__}, this machine {version}. "
+            "Install the same version on every machine."
+        )
+    while probe is not None and not probe.exists():
+        if time.monotonic() > until:
+            raise UsageError(
+                f"{probe.parent} is not shared with {here}: a file written here is not seen there. "
+                "Give a folder on a file system that every machine of the cluster mounts at the same path."
+            )
+        time.sleep(0.2)
+    return pickle.loads(function)
+
+
 def _do(unit: Any, key: str = "", shared: Sequence[Any] = ()) -> Any:
     """Return what comes of the unit. What it raises arrives whole or, where it cannot be pickled, as a RuntimeError."""
     global _work, _in_unit
@@ -308,7 +299,7 @@ def _do(unit: Any, key: str = "", shared: Sequence[Any] = ()) -> Any:
             import ray
 
             job: Any = ray.get(shared[0])
-            _work = (key, job.open())
+            _work = (key, _opened(*job))
         return _work[1](unit)
     except SystemExit:
         os._exit(143)

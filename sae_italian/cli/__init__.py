@@ -1,8 +1,8 @@
 """The command line: one table of commands (`commands.yaml`), each a function that is imported when it is called.
 
 A command is a function of `sae_italian.cli.<group>`. Its parameters are its options: name, type, default and help are
-read from the signature, from its docstring ("Args:"), and from the attribute docstrings of the settings it takes; those
-that mean the same thing everywhere are here.
+read from the signature, from its docstring ("Args:"), and from those of the settings it takes; what means the same
+everywhere is here.
 
 Exit codes: 0 done, 2 the user can fix it (one line), 1 a defect of ours, 130 stopped.
 """
@@ -274,27 +274,33 @@ Many = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """What to do with a folder that holds an earlier run."""
+    """What to do with a folder that holds an earlier run.
+
+    Args:
+        resume: Finish the run that the folder holds.
+        overwrite: Replace the run that the folder holds.
+    """
 
     resume: bool = False
-    """Finish the run that the folder holds."""
     overwrite: bool = False
-    """Replace the run that the folder holds."""
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The text and the model a command works with; the SAE's metadata says what is not given."""
+    """The text and the model a command works with; the SAE's metadata says what is not given.
+
+    Args:
+        model: Name, hub id or folder of the model; default: the SAE's own.
+        corpus: Local file or folder, catalogue name, or micro-italiano; default: what the SAE was trained on.
+        text_column: Column that holds the text.
+        context_size: Tokens of a window; default: as the SAE was trained.
+    """
 
     model: str | None = None
-    """Name, hub id or folder of the model; default: the SAE's own."""
     corpus: str | None = None
-    """Local file or folder, catalogue name, or micro-italiano; default: what the SAE was trained on."""
     text_column: str = "text"
-    """Column that holds the text."""
     context_size: Count | None = None
-    """Tokens of a window; default: as the SAE was trained."""
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -309,14 +315,17 @@ class Source:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Where independent units of work are done."""
+    """Where independent units of work are done.
+
+    Args:
+        engine: Processes of this machine, or a Ray cluster.
+        address: The Ray cluster's host:port; default: a new one on this machine.
+        workers: Processes; with ray, CPUs of a new cluster. Default: 1.
+    """
 
     engine: Literal["local", "ray"] = "local"
-    """Processes of this machine, or a Ray cluster."""
     address: str | None = None
-    """The Ray cluster's host:port; default: a new one on this machine."""
     workers: Count | None = None
-    """Processes; with ray, CPUs of a new cluster. Default: 1."""
 
     def map(self, folder: Path, *, gpus: float = 0) -> Callable[..., Any]:
         """Return `map_units` with these options; its units write into `folder`. Raises UsageError before any work."""

@@ -173,8 +173,6 @@ def _suite(folder: Path, words: tuple[str, ...], out: Path | None) -> Result:
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-Settings = dict[str, Any]
-
 # Neuronpedia's words for our settings.
 NAMES = {"model_id": "model", "set": "source_set"} | {n: n for n in ("suffix", "creator", "creator_name")}
 WORDS = {
@@ -185,32 +183,34 @@ WORDS = {
     "labels": str,
     "thresholds": Literal["calibrated", "one"],
 }
-_LATENTS = "latents model sae resume overwrite"
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What an export may be told; each format takes some of it."""
+    """What an export may be told; each format takes some of it.
+
+    Args:
+        latents: Only latents A to B, inclusive, as in 0-99; default: all.
+        model: Name, hub id or folder of the model; default: the one the cache or the SAE was made with.
+        sae: The cache's SAE: a folder, or release:sae_id; default: the one that the cache names, if it is there.
+        corpus: jumprelu, transcoder-set: text that sets the thresholds; default: what the SAE was trained on.
+        text_column: jumprelu, transcoder-set: column that holds the text; default: text.
+        context_size: jumprelu, transcoder-set: tokens of a window; default: as the SAE was trained.
+        tokens: jumprelu, transcoder-set: held-out tokens; four of five documents set the thresholds; default: 40,960.
+        project: wandb, wandb-tables: the project; default: sae-italian.
+        repository: model-card: where the SAE will be published; default: owner/name.
+    """
 
     latents: str | None = None
-    """Only latents A to B, inclusive, as in 0-99; default: all."""
     model: str | None = None
-    """Name, hub id or folder of the model; default: the one the cache or the SAE was made with."""
     sae: str | None = None
-    """The cache's SAE: a folder, or release:sae_id; default: the one that the cache names, if it is there."""
     corpus: str | None = None
-    """jumprelu, transcoder-set: text that sets the thresholds; default: what the SAE was trained on."""
     text_column: str | None = None
-    """jumprelu, transcoder-set: column that holds the text; default: text."""
     context_size: Count | None = None
-    """jumprelu, transcoder-set: tokens of a window; default: as the SAE was trained."""
     tokens: Count | None = None
-    """jumprelu, transcoder-set: held-out tokens; four of five documents set the thresholds; default: 40,960."""
     project: str | None = None
-    """wandb, wandb-tables: the project; default: sae-italian."""
     repository: str | None = None
-    """model-card: where the SAE will be published; default: owner/name."""
 
 
 def export(
@@ -240,10 +240,15 @@ def export(
         raise UsageError(f"{to!r} is no format of an export. {nearest(to, FORMATS, limit=len(FORMATS))}")
     write, known = FORMATS[to]
     options = asdict(chosen) | asdict(folder) | {"latents": latent_range(chosen.latents)}
-    settings = _checked(to, known, options, words)
-    if out is None and write is not _tables:
-        raise UsageError("an export needs --out FOLDER.")
-    return write(to, Path(source) if write is not _jumprelu else source, out, settings)
+    settings = {name: value for name, value in options.items() if value} | read_words(words, WORDS)
+    if odd := next((name for name in settings if name not in known.split()), None):
+        spelled = f"--{odd.replace('_', '-')}" if odd in options else f"{odd}="
+        raise UsageError(f"{to} takes no {spelled}. It takes: {known.replace(' ', ', ') or 'nothing more'}.")
+    if out is None:
+        if write is not _tables:
+            raise UsageError("an export needs --out FOLDER.")
+        out = Path(f"{Path(source).resolve()}-autointerp")
+    return write(to, source, out, **settings)
 
 
 def report_wandb(run: Path, /) -> Result:
@@ -258,100 +263,100 @@ def report_wandb(run: Path, /) -> Result:
     return Result({"address": address}, f"Report: {address}")
 
 
-def _checked(to: str, known: str, options: dict[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
-    """Return the settings that were given. Raises: UsageError for one that the format does not take."""
-    settings = {name: value for name, value in options.items() if value is not None and value is not False}
-    settings |= read_words(words, WORDS)
-    for name in settings:
-        if name not in known.split():
-            spelled = f"--{name.replace('_', '-')}" if name in options else f"{name}="
-            raise UsageError(f"{to} takes no {spelled}. It takes: {known.replace(' ', ', ') or 'nothing more'}.")
-    return settings
-
-
-def _latents(to: str, cache: Path, out: Path, settings: Settings) -> Result:
+def _latents(to: str, cache: str, out: Path, *, model: str = "", sae: str = "", wandb: str = "", **how: Any) -> Result:
     from sae_italian.browser.exports import export as export_latents
     from sae_italian.browser.opening import loaded
 
-    names = {ours: settings.pop(word) for word, ours in NAMES.items() if word in settings}
-    model, sae, online = (settings.pop(name, None) for name in ("model", "sae", "wandb"))
-    opened = sae_italian.FeatureCache.open(cache)
-    weights = {} if to == "circuit-tracer" else loaded(opened, sae, model)
+    names = {ours: how.pop(word) for word, ours in NAMES.items() if word in how}
+    opened, online = sae_italian.FeatureCache.open(cache), wandb == "online"
+    weights = {} if to == "circuit-tracer" else loaded(opened, sae or None, model or None)
     tokenizer = sae_italian.load_tokenizer(model or opened.manifest.model)
-    done = export_latents(opened, tokenizer, out, to, **weights, names=names, online=online == "online", **settings)
-    offline = {"offline_run": str(done.folder)} if to == "wandb" and online != "online" else {}
+    done = export_latents(opened, tokenizer, out, to, **weights, names=names, online=online, **how)
+    offline = {"offline_run": str(done.folder)} if to == "wandb" and not online else {}
     return Result({**plain(done), "folder": str(done.folder), **offline}, done.text())
 
 
-def _rows(to: str, cache: Path, out: Path, settings: Settings) -> Result:
-    from sae_italian.cache.exchange import export_delphi, export_rows
+def _delphi(to: str, cache: str, out: Path, *, splits: int | None = None, **how: Any) -> Result:
+    from sae_italian.cache.exchange import export_delphi
 
-    if to == "delphi":
-        splits = {"n_splits": settings.pop("splits")} if "splits" in settings else {}
-        folder = export_delphi(cache, out, **splits, **settings)
-        how = f"LatentDataset({str(out)!r}, ..., modules=[{folder.name!r}])"
-    else:
-        folder = export_rows(cache, out, **settings)
-        how = f"datasets.load_from_disk({str(folder / 'latents')!r})"
+    folder = export_delphi(cache, out, n_splits=splits, **how)
+    return _readable(folder, f"LatentDataset({str(out)!r}, ..., modules=[{folder.name!r}])")
+
+
+def _datasets(to: str, cache: str, out: Path, **how: Any) -> Result:
+    from sae_italian.cache.exchange import export_rows
+
+    folder = export_rows(cache, out, **how)
+    return _readable(folder, f"datasets.load_from_disk({str(folder / 'latents')!r})")
+
+
+def _readable(folder: Path, how: str) -> Result:
     return Result({"folder": str(folder), "read_with": how}, f"written: {folder}\nread it with {how}")
 
 
-def _tables(to: str, cache: Path, out: Path | None, settings: Settings) -> Result:
+def _tables(to: str, cache: str, out: Path, **how: Any) -> Result:
     from sae_italian.autointerp.run import STORE_FILE
     from sae_italian.autointerp.summary import export as export_tables
 
-    cache = cache.resolve()
-    out = out or cache.with_name(f"{cache.name}-autointerp")
     with claimed(out, "tables", {"to": to}, resume=True, changeable=["to"]):
-        files = export_tables(cache / STORE_FILE, out, to.removesuffix("-tables"), **settings)
+        files = export_tables(Path(cache).resolve() / STORE_FILE, out, to.removesuffix("-tables"), **how)
     return Result({"files": [str(file) for file in files]}, "\n".join(map(str, files)))
 
 
-def _jumprelu(to: str, name: str, out: Path, settings: Settings) -> Result:
-    from sae_italian.evaluation.diagnosis import export_jumprelu
+def _jumprelu(
+    to: str, name: str, out: Path, *, tokens: int | None = None, thresholds: Any = "calibrated", **text: Any
+) -> Result:
+    from sae_italian.evaluation.diagnosis import JUMPRELU_TOKENS, export_jumprelu
 
-    taken = {"tokens": "n_tokens", "thresholds": "thresholds"}
-    size = {name: settings.pop(word) for word, name in taken.items() if word in settings}
-    source = Source(**settings)
-    sae, model, corpus = source.load(name)
-    report = export_jumprelu(sae, model, corpus, out, **source.reading, **size)
+    source = Source(**text)
+    how = {"n_tokens": tokens or JUMPRELU_TOKENS, "thresholds": thresholds, **source.reading}
+    report = export_jumprelu(*source.load(name), out, **how)
     return Result({"sae": str(out), **plain(report)}, f"{report.text()}\nSAE: {out}")
 
 
-def _transcoder_set(to: str, folder: Path, out: Path, settings: Settings) -> Result:
+def _transcoder_set(
+    to: str,
+    folder: str,
+    out: Path,
+    *,
+    labels: str = "",
+    tokens: int | None = None,
+    overwrite: bool = False,
+    **text: Any,
+) -> Result:
     from sae_italian.browser.exports.transcoder_set import export_set, set_text
     from sae_italian.browser.graph import caches_of
     from sae_italian.cli.causal import transcoder_folders
 
-    folders = transcoder_folders(folder)
-    overwrite, labels = settings.pop("overwrite", False), settings.pop("labels", None)
-    size = {"n_tokens": settings.pop("tokens")} if "tokens" in settings else {}
-    source = Source(**settings)
-    first, model, corpus = source.load(str(folders[0]))
-    saes = [first, *(sae_italian.load_sae(path) for path in folders[1:])]
+    source, (first, *others) = Source(**text), transcoder_folders(Path(folder))
+    size = {"n_tokens": tokens} if tokens else {}
+    sae, model, corpus = source.load(str(first))
+    saes = [sae, *map(sae_italian.load_sae, others)]
     caches = caches_of(Path(labels), saes) if labels else {}
-    spec = {"source": folder, "labels": labels, **settings, **size}
     name = model.loaded_from["name"]
+    spec = {"source": Path(folder), "labels": labels or None, **text, **size}
     with claimed(out, "transcoder set", spec, resume=True, overwrite=overwrite):
         rows = export_set(saes, model, out, name=name, corpus=corpus, caches=caches, **source.reading, **size)
     return Result({"folder": str(out), "layers": rows}, set_text(rows, out))
 
 
-def _model_card(to: str, folder: Path, out: Path, settings: Settings) -> Result:
+def _model_card(
+    to: str, given: str, out: Path, *, sae: str = "", repository: str = "owner/name", overwrite: bool = False
+) -> Result:
     """Write the README.md that `saes publish` would, and the evaluation card's files beside it."""
     from sae_italian.cache import Manifest
     from sae_italian.evaluation.card import read_card
     from sae_italian.training.publish import model_card
 
+    folder = Path(given)
     if (folder / "manifest.json").is_file():
-        folder = Path(settings.get("sae") or Manifest.load(folder).sae)
+        folder = Path(sae or Manifest.load(folder).sae)
     if not (folder / "cfg.json").is_file():
         raise UsageError(f"{folder} is no trained SAE (no cfg.json); give the folder of one, or --sae.")
     card = read_card(folder)
     if card is None:
         raise UsageError(f"{folder} has no evaluation card. Make it: sae-italian evaluate {folder}")
-    file, repository = out / "README.md", settings.get("repository", "owner/name")
-    overwrite, own = bool(settings.get("overwrite")), out.resolve() == folder.resolve()
+    file, own = out / "README.md", out.resolve() == folder.resolve()
     if own and file.exists() and not overwrite:
         raise UsageError(f"{file} exists. Add --overwrite to replace it, or give another folder.")
     spec = {"sae": str(folder.resolve()), "repository": repository}
@@ -362,13 +367,13 @@ def _model_card(to: str, folder: Path, out: Path, settings: Settings) -> Result:
 
 
 # format -> (the function that writes it, the settings it takes)
+_CACHE = "latents model sae resume overwrite"
+_NAMED = (_latents, f"{_CACHE} {' '.join(NAMES)}")
 FORMATS: dict[str, tuple[Callable[..., Result], str]] = {
-    "neuronpedia": (_latents, f"{_LATENTS} {' '.join(NAMES)}"),
-    "neuronpedia-bulk": (_latents, f"{_LATENTS} {' '.join(NAMES)}"),
-    "circuit-tracer": (_latents, f"{_LATENTS} {' '.join(NAMES)}"),
-    "wandb": (_latents, f"{_LATENTS} project wandb"),
-    "delphi": (_rows, "latents resume overwrite splits hookpoint"),
-    "datasets": (_rows, "latents resume overwrite"),
+    **dict.fromkeys(("neuronpedia", "neuronpedia-bulk", "circuit-tracer"), _NAMED),
+    "wandb": (_latents, f"{_CACHE} project wandb"),
+    "delphi": (_delphi, "latents resume overwrite splits hookpoint"),
+    "datasets": (_datasets, "latents resume overwrite"),
     "parquet": (_tables, ""),
     "jsonl": (_tables, ""),
     "wandb-tables": (_tables, "project"),

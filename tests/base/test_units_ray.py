@@ -63,12 +63,10 @@ def test_what_is_just_ending_is_left_to_end():
         ),
         cancel=lambda reference: told.append(("cancel", reference)),
     )
-    cluster = object.__new__(units._Ray)
-    cluster.ray, cluster.probe = ray, None
-    cluster.stop([1, 2, 3, 4])
+    units._cancel(ray, [1, 2, 3, 4])
     assert told == [("wait", [1, 2, 3, 4]), ("cancel", 3), ("cancel", 4), ("wait", [3, 4])]
     told.clear()
-    cluster.stop([])
+    units._cancel(ray, [])
     assert told == []
 
 
@@ -86,9 +84,8 @@ def test_another_cluster_than_the_connected_one_is_refused(ray_cluster):
 
 
 def test_another_version_on_a_worker_is_refused():
-    job = units.Job(b"", version="0.0.1")
     with pytest.raises(UsageError, match="this machine 0.0.1. Install the same version"):
-        job.open()
+        units._opened(b"", "0.0.1", None)
 
 
 @pytest.mark.slow
