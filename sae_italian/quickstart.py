@@ -91,12 +91,11 @@ def analyse(
         results["card"] = {**plain(card), "n_tokens_asked": card_tokens}
     config = config or AutointerpConfig()
     store = run_autointerp(cache, model.tokenizer, config, sae=sae, workers=workers, run_units=run_units)
-    results["autointerp"] = summarise(store).as_dict()
-    results["gold"] = [asdict(result) for result in gold_table(cache)]
+    results |= {"autointerp": summarise(store).as_dict(), "gold": [asdict(result) for result in gold_table(cache)]}
     if random_control and results.get("random_of") != asdict(config):
         twin = random_sae_control(cache, sae, model, config, workers=workers)
-        results["random"] = summarise(twin).as_dict()
-        results["random_gold"] = [asdict(result) for result in gold_table(sae_italian.FeatureCache.open(twin.parent))]
+        gold = gold_table(sae_italian.FeatureCache.open(twin.parent))
+        results |= {"random": summarise(twin).as_dict(), "random_gold": [asdict(result) for result in gold]}
         results["random_of"] = asdict(config)
     write_json(file, results)
     return results

@@ -109,14 +109,13 @@ def _in_order(pool: AbstractContextManager[Pool], waiting: deque[Any], units: It
     left, n_taken = iter(units), 0
     with pool as (submit, result, n_workers, deaths):
         try:
-            while True:
-                waiting.extend(map(submit, islice(left, AHEAD * n_workers - len(waiting))))
-                if not waiting:
-                    return
+            waiting.extend(map(submit, islice(left, AHEAD * n_workers)))
+            while waiting:
                 value = result(waiting[0])
                 waiting.popleft()
                 n_taken += 1
                 yield value
+                waiting.extend(map(submit, islice(left, 1)))
         except SaeItalianError as error:
             raise error from None  # its sentence says all
         except deaths as death:

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -72,10 +73,19 @@ def benchmark(
         boards = leaderboard(out)
         text = "\n\n".join(board.markdown() for board in boards)
         return Result([plain(board) for board in boards], f"{text}\n\nleaderboard: {out / 'leaderboard.html'}")
-    for corpus in named("--texts", texts).values():  # also of tasks that are not asked
+    given, genres, offline = short_names(names), named("--texts", texts), sets == "offline"
+    for corpus in genres.values():  # also of tasks that are not asked
         check_corpus(corpus)
-    where = (ud or [], named("--texts", texts), seed) if sets == "offline" else None
-    told = _run(short_names(names), out, preset, where, model, folder, settings)
+    known = all_tasks({"genre": genres}) if offline else hub_tasks()
+    tasks = chosen(known, preset if offline else "full", settings["tasks"])
+    sources = list(dict.fromkeys(task.source for task in tasks))
+    material, failed = (gather(ud or [], genres, seed, sources), []) if offline else gather_hub(sources)
+    loaded = {name: sae_italian.load_sae(sae) for name, sae in given.items()}
+    subject = model_of(next(iter(loaded.values())), model)
+    how = {"quick": preset == "quick", "n_seeds": settings["seeds"], **asdict(folder)}
+    kinds = [kind for kind in settings["baselines"].split(",") if kind]
+    told = run(loaded, subject, material, tasks, out, baselines=partial(_fitted, kinds), **how)
+    told["refused"] = [*told["refused"], *failed]
     entries = read_entries(out)
     board = write(out, entries, told)
     sent = [send_to_wandb(entries, settings["wandb"], out)] if settings["wandb"] else []
@@ -83,36 +93,12 @@ def benchmark(
     return Result(value, "\n\n".join([board.markdown(), *sent, f"report: {out / 'benchmark.html'}"]))
 
 
-def _run(
-    names: dict[str, str],
-    out: Path,
-    preset: str,
-    where: tuple[list[str], dict[str, str], int] | None,
-    model: str | None,
-    folder: Folder,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    known = all_tasks({"genre": where[1]}) if where else hub_tasks()
-    tasks = chosen(known, preset if where else "full", settings["tasks"])
-    sources = list(dict.fromkeys(task.source for task in tasks))
-    material, failed = (gather(*where, sources), []) if where else gather_hub(sources)
-    saes = {name: sae_italian.load_sae(given) for name, given in names.items()}
-    subject = model_of(next(iter(saes.values())), model)
-    kinds = [kind for kind in settings["baselines"].split(",") if kind]
-    how: dict[str, Any] = {"quick": preset == "quick", "n_seeds": settings["seeds"], **asdict(folder)}
-    told = run(saes, subject, material, tasks, out, baselines=_fitter(kinds) if kinds else None, **how)
-    return told | {"refused": [*told["refused"], *failed]}
-
-
-def _fitter(kinds: list[str]) -> Any:
-    """Return what fits baselines of these kinds, each with top-k at the SAE's own L0; `twin` is the random twin as a row."""
-
-    def fit(sae: Any, sample: Any) -> dict[str, Any]:
-        found = fit_baselines(sample, sae, [kind for kind in kinds if kind != "twin"]) if set(kinds) - {"twin"} else {}
-        kept = {name: each for name, each in found.items() if name.endswith(TOPK)}
-        return kept | ({"random twin": random_twin(sae, 0, lambda: sample)} if "twin" in kinds else {})
-
-    return fit
+def _fitted(kinds: list[str], sae: Any, sample: Any) -> dict[str, Any]:
+    """Return baselines of these kinds, each with top-k at the SAE's own L0; `twin` is the random twin as a row."""
+    own = [kind for kind in kinds if kind != "twin"]
+    found = fit_baselines(sample, sae, own) if own else {}
+    kept = {name: each for name, each in found.items() if name.endswith(TOPK)}
+    return kept | ({"random twin": random_twin(sae, 0, lambda: sample)} if "twin" in kinds else {})
 
 
 def choose_k(
