@@ -44,11 +44,14 @@ KEPT = {
     "llm": "paid answers are kept, the same command asks for the others",
 }
 OLD_COMMANDS: dict[str, str] = _TOLD["old_commands"]
-OLD_OPTIONS: dict[str, str] = _TOLD["old_options"] | {
+_OLD_OPTIONS = _TOLD["old_options"] | {
     f"{command} --{word.partition('=')[0].replace('_', '-')}".removeprefix("every "): f"the word {word}"
     for command, words in _TOLD["words"].items()
     for word in words.split()
 }
+# What is said of an old spelling: of "baselines", "corpora -n", "--timeout".
+RENAMED = {old: f"`{old}` is now `{now}`." for old, now in OLD_COMMANDS.items()}
+RENAMED |= {old: f"{old.split()[-1]} is now {now}." for old, now in _OLD_OPTIONS.items()}
 
 
 def build() -> App:
@@ -180,14 +183,9 @@ def _entry(words: list[str]) -> dict[str, Any]:
 
 def _renamed(words: list[str]) -> str | None:
     """Return how a command or option that was renamed is spelled now, None where nothing was."""
-    for old in (" ".join(words[:2]), *words[:1]):
-        if old in OLD_COMMANDS:
-            return f"`{old}` is now `{OLD_COMMANDS[old]}`."
-    for name in (word.split("=")[0] for word in words):
-        for key in (f"{words[0]} {name}", name):
-            if key in OLD_OPTIONS:
-                return f"{name} is now {OLD_OPTIONS[key]}."
-    return None
+    names = [word.partition("=")[0] for word in words]
+    spelled = [" ".join(words[:2]), *names[:1], *(f"{names[0]} {name}" for name in names), *names]
+    return next((RENAMED[old] for old in spelled if old in RENAMED), None)
 
 
 def _quiet_libraries() -> None:
