@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from sae_italian.analysis import ioi_pairs, ioi_score, patch_saes, thresholds, words_for
 from sae_italian.autointerp.run import STORE_FILE
@@ -29,6 +30,7 @@ from sae_italian.training import read_values
 
 MOST_LAYERS = 3
 CHANCE, LEAST_CHECKED = 0.5, 30  # of how many sentences the skill is asked, however few are patched
+CLOSED = ("pca", "ica")  # baselines whose gap to the SAE top-k may close
 _RATIO_SCORES = ("simulation", "simulation_random", "n_explained", "n_latents")
 
 
@@ -63,29 +65,29 @@ def _baselines(job: Reproduction, results: Results) -> dict[str, Any]:
 
 def derived(layers: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the paper says about its figures, of ours: best baseline, gap closed by top-k, perplexity."""
-    best, factor = [], []
-    closed: dict[str, list[float]] = {"pca": [], "ica": []}
-    neurons: list[float] = []
-    for layer in layers:
-        value = {row["dictionary"]: row["simulation"]["value"] for row in layer["rows"]}
-        known = {name: number for name, number in value.items() if number is not None}
-        relu = {name: number for name, number in known.items() if name != SAE and not name.endswith(TOPK)}
-        if relu and SAE in known:
-            name = max(relu, key=lambda key: relu[key])
-            best.append(f"layer {layer['layer']}: {dictionary_name(name)} {relu[name]:.3f}, SAE {value[SAE]:.3f}")
-        for kind, shares in closed.items():
-            if {kind, kind + TOPK, SAE} <= set(known) and known[SAE] > known[kind]:
-                shares.append((known[kind + TOPK] - known[kind]) / (known[SAE] - known[kind]))
-        if {"identity", "random"} <= set(known):
-            neurons.append(known["identity"] - known["random"])
-        row = layer["rows"][0]
-        clean, put = row["perplexity_of_model"]["value"], row["perplexity"]["value"]
-        factor.append(f"layer {layer['layer']}: {clean:.2f} to {put:.2f}, a factor {put / clean:.2f}")
-    shares = [f"{dictionary_name(kind)} {100 * np.mean(found):.0f} %" for kind, found in closed.items() if found]
+    rows: Any = pd.DataFrame([{**row, "at": at} for at, layer in enumerate(layers) for row in layer["rows"]])
+    for key in ("simulation", "perplexity", "perplexity_of_model"):
+        rows[key] = [np.nan if estimate["value"] is None else estimate["value"] for estimate in rows[key]]
+    score = rows.pivot(index="at", columns="dictionary", values="simulation")
+    relu = score.loc[score[SAE].notna(), [name for name in score if name != SAE and not name.endswith(TOPK)]]
+    best = [
+        f"layer {layers[at]['layer']}: {dictionary_name(name)} {relu[name][at]:.3f}, SAE {score[SAE][at]:.3f}"
+        for at, name in (relu.dropna(how="all").idxmax(axis=1).items() if relu.size else ())
+    ]
+    score = score.reindex(columns=[SAE, "identity", "random", *(kind + top for kind in CLOSED for top in ("", TOPK))])
+    gap = {kind: score[SAE] - score[kind] for kind in CLOSED}
+    closed = {kind: ((score[kind + TOPK] - score[kind]) / gap[kind][gap[kind] > 0]).mean() for kind in CLOSED}
+    neurons = (score["identity"] - score["random"]).mean()
+    factor = [
+        f"layer {layers[row['at']]['layer']}: {row['perplexity_of_model']:.2f} to {row['perplexity']:.2f}, "
+        f"a factor {row['perplexity'] / row['perplexity_of_model']:.2f}"
+        for row in rows[rows["dictionary"] == SAE].to_dict("records")
+    ]
+    shares = [f"{dictionary_name(kind)} {100 * share:.0f} %" for kind, share in closed.items() if pd.notna(share)]
     return {
         "best_relu": "; ".join(best) or None,
         "gap_closed": ", ".join(shares) or None,
-        "neurons_minus_random": float(np.mean(neurons)) if neurons else None,
+        "neurons_minus_random": float(neurons) if pd.notna(neurons) else None,
         "perplexity_factor": "; ".join(factor),
     }
 
@@ -105,7 +107,6 @@ def _variant(job: Reproduction, entry: dict[str, Any], factor: float, ratio: flo
 
 def _sparsity(job: Reproduction, results: Results) -> dict[str, Any]:
     """Train the middle layer's SAE with other L1 coefficients: L0, FVU, dead latents, perplexity (figure 6)."""
-    job.only_trained()
     entry = middle(results)
     points = []
     for factor in sorted([*job.budget["l1"], 1.0]):
@@ -121,7 +122,6 @@ def _sparsity(job: Reproduction, results: Results) -> dict[str, Any]:
 
 def _ratios(job: Reproduction, results: Results) -> dict[str, Any]:
     """Score the middle layer's SAE at other widths (figures 8 and 16)."""
-    job.only_trained()
     entry = middle(results)
     rows = []
     for ratio in sorted([*job.budget["ratios"], RATIO]):
@@ -185,11 +185,11 @@ def _ioi(job: Reproduction, results: Results) -> dict[str, Any]:
     return {**facts, "table": [*found.table().splitlines(), "", *cut], "svg": found.svg()}
 
 
-STEPS = (
-    Step("saes", _saes),
-    Step("baselines", _baselines),
-    Step("sparsity", _sparsity, True),
-    Step("ratios", _ratios, True),
-    Step("moments", _moments),
-    Step("ioi", _ioi, True),
-)
+STEPS: dict[str, Step] = {
+    "saes": _saes,
+    "baselines": _baselines,
+    "sparsity": _sparsity,
+    "ratios": _ratios,
+    "moments": _moments,
+    "ioi": _ioi,
+}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.labels import kinds_of, read_words
 from sae_italian.base.pace import Pace, time_bound
-from sae_italian.base.storage import read_json, read_yaml, remove, utc_now, write_json
+from sae_italian.base.storage import read_json, read_yaml, utc_now, write_json
 from sae_italian.corpora.stream import MICRO_ITALIANO
 from sae_italian.models import load_model, parse_hook_name
 from sae_italian.models.activations import check_context
@@ -155,11 +154,6 @@ class Reproduction(NamedTuple):
         folder = self.out / "saes" / "suite"
         return train_suite(suite_from_dict(values), folder, resume=folder.is_dir())
 
-    def only_trained(self) -> None:
-        """Raise UsageError, which skips the step, where an SAE was given."""
-        if self.sae is not None:
-            raise UsageError("an SAE was given; this part trains others beside it. Leave out --sae to have it.")
-
     def layers(self, at_most: int) -> list[int]:
         """Return the budget's layers, or so many spread evenly over the model, first and last among them.
 
@@ -172,19 +166,15 @@ class Reproduction(NamedTuple):
         return [last // 2] if at_most == 1 else spread
 
 
-class Step(NamedTuple):
-    """A part of an evaluation: `run` measures, and gives what goes to JSON; `svg` in it is the part's picture.
+Step = Callable[[Reproduction, Results], dict[str, Any]]
+"""A part of an evaluation: what it returns, of the results so far, goes to JSON; `svg` in it is the part's picture.
 
-    The words and tables for it stand in the paper's YAML. An optional step that the model or SAE does not allow is
-    reported as skipped, with the reason.
-    """
-
-    name: str
-    run: Callable[[Reproduction, Results], dict[str, Any]]
-    optional: bool = False
+Its words and tables stand in the paper's YAML. One that is `optional` there, and that the model or SAE does not allow, is
+reported as skipped, with the reason; so is one that `trains` other SAEs where an SAE was given.
+"""
 
 
-def run_steps(job: Reproduction, steps: Sequence[Step]) -> tuple[Results, dict[str, float]]:
+def run_steps(job: Reproduction, steps: dict[str, Step]) -> tuple[Results, dict[str, float]]:
     """Return the results by step and the seconds each took; steps that are done are read from `out/steps`.
 
     Skipped ones are tried again; when the time is over, the rest is skipped. Raises: UsageError of one that must not be.
@@ -193,30 +183,30 @@ def run_steps(job: Reproduction, steps: Sequence[Step]) -> tuple[Results, dict[s
     seconds: dict[str, float] = {}
     pace, over = Pace(job.paper.name, len(steps), "step"), False
     with pace.bar:
-        for i, step in enumerate(steps):
-            if over:
-                results[step.name], seconds[step.name] = {SKIPPED: NOT_BEGUN}, 0.0
-                continue
-            pace.bar.set_postfix_str(step.name)
-            file = job.out / "steps" / f"{i:02}-{step.name}.json"
-            if file.is_file() and SKIPPED in read_json(file)["result"]:
-                remove(file)
-            with time_bound():  # a step is done whole; the time ends the work between steps
-                done = kept(file, partial(_done, step, job, results))
-            results[step.name], seconds[step.name] = done["result"], done["seconds"]
-            over = pace.step()
+        for i, (name, step) in enumerate(steps.items()):
+            done = {"result": {SKIPPED: NOT_BEGUN}, "seconds": 0.0}
+            if not over:
+                pace.bar.set_postfix_str(name)
+                file = job.out / "steps" / f"{i:02}-{name}.json"
+                if not file.is_file() or SKIPPED in read_json(file)["result"]:
+                    with time_bound():  # a step is done whole; the time ends the work between steps
+                        write_json(file, _done(name, step, job, results))
+                done, over = read_json(file), pace.step()
+            results[name], seconds[name] = done["result"], done["seconds"]
     return results, seconds
 
 
-def _done(step: Step, job: Reproduction, results: Results) -> dict[str, Any]:
-    started = time.monotonic()
+def _done(name: str, step: Step, job: Reproduction, results: Results) -> dict[str, Any]:
+    started, words = time.monotonic(), job.paper.steps[name]
     try:
-        result = step.run(job, results)
+        if job.sae is not None and words.get("trains"):
+            raise UsageError("an SAE was given; this part trains others beside it. Leave out --sae to have it.")
+        result = step(job, results)
     except UsageError as error:
-        if not step.optional:
+        if not words.get("optional"):
             raise
         result = {SKIPPED: " ".join(str(error).split())}
-    return {"step": step.name, "created": utc_now(), "seconds": time.monotonic() - started, "result": result}
+    return {"step": name, "created": utc_now(), "seconds": time.monotonic() - started, "result": result}
 
 
 # --- the papers ------------------------------------------------------------------------------------------------------
@@ -244,7 +234,8 @@ class Paper(NamedTuple):
     figures: list[dict[str, Any]]
     """What it says and where; `ours` is the path of the same in the results by step, `*` for each of a list."""
     steps: dict[str, dict[str, Any]]
-    """Title, text and tables of each step's section, as `report.section_of` reads them."""
+    """In order: title, text and tables of each step's section, as `report.section_of` reads them; whether it is
+    `optional` and `trains` SAEs beside the first."""
 
     def with_budget(self, *overrides: str) -> dict[str, Any]:
         """Return the budget with `key=value` overrides. Raises: UsageError as `read_words`."""
@@ -262,15 +253,14 @@ class Paper(NamedTuple):
         return rows
 
 
-@cache
-def papers() -> dict[str, Paper]:
-    """Return the papers by name."""
-    files = sorted(Path(__file__).with_name("data").glob("*.yaml"))
-    return {file.stem: Paper(name=file.stem, **read_yaml(file)) for file in files}
+PAPERS = {
+    file.stem: Paper(name=file.stem, **read_yaml(file))
+    for file in sorted(Path(__file__).with_name("data").glob("*.yaml"))
+}
 
 
 def paper(name: str) -> Paper:
     """Return one paper. Raises: UsageError for an unknown one, naming the nearest."""
-    if name not in papers():
-        raise UsageError(f"paper {name!r} is unknown. {nearest(name, papers())}")
-    return papers()[name]
+    if name not in PAPERS:
+        raise UsageError(f"paper {name!r} is unknown. {nearest(name, PAPERS)}")
+    return PAPERS[name]

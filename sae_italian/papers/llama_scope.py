@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pandas as pd
+
 from sae_italian.analysis.geometry import fired, geometry, matches_svg
 from sae_italian.analysis.shift import context_shift, default_edges
 from sae_italian.base.errors import UsageError
@@ -53,22 +55,18 @@ def _cards(job: Reproduction, results: Results) -> dict[str, Any]:
 
 def derived(rows: list[dict[str, Any]], n_tokens: int) -> dict[str, Any]:
     """Return what the paper says about its figures, of ours."""
-    narrow, wide = (pick(row["expansion"] for row in rows) for pick in (min, max))
-    values: dict[tuple[str, float], list[float]] = {}
-    for row in rows:
-        values.setdefault((row["site"], row["expansion"]), []).append(row["explained_variance_uncentred"]["value"])
-    variance = {each: sum(some) / len(some) for each, some in values.items()}  # means over layers
-    first = narrowest(rows)
-    sites = {row["site"] for row in rows if row["expansion"] == narrow}
-    ranked = sorted(sites, key=lambda site: -variance[site, narrow])
-    both = [site for site in ranked if (site, wide) in variance]
-    gain = [f"{site} {variance[site, wide] - variance[site, narrow]:+.3f}" for site in both]
+    frame: Any = pd.DataFrame({key: [row[key] for row in rows] for key in ("site", "expansion")})
+    frame["variance"] = [row["explained_variance_uncentred"]["value"] for row in rows]
+    variance = frame.pivot_table("variance", "site", "expansion")  # means over layers
+    narrow, wide, first = min(variance), max(variance), narrowest(rows)
+    ranked = variance[narrow].dropna().sort_values(ascending=False)
+    gain = (variance[wide] - variance[narrow])[ranked.index].dropna()
     reference = [shown(first[key]) for key in ("explained_variance_uncentred", "delta_lm_loss")]
     return {
         "l0": ", ".join(f"{row['name']} {row['l0']['value']:.1f}" for row in rows),
         "reference": f"{first['name']}: {reference[0]}, {reference[1]} nats",
-        "best_site": ", ".join(f"{site} {variance[site, narrow]:.3f}" for site in ranked) if len(ranked) > 1 else None,
-        "width_gain": "; ".join(gain) if wide > narrow else None,
+        "best_site": ", ".join(f"{site} {value:.3f}" for site, value in ranked.items()) if len(ranked) > 1 else None,
+        "width_gain": "; ".join(f"{site} {value:+.3f}" for site, value in gain.items()) if wide > narrow else None,
         "dead": f"{_range(rows, 'dead')} in {n_tokens:,} tokens",
         "ultra_active": _range(rows, "ultra_active"),
     }
@@ -101,7 +99,6 @@ def _compared(
 
 def _annealing(job: Reproduction, results: Results) -> dict[str, Any]:
     """Train with K falling from d_in in the first tenth of the steps, and with K from the start."""
-    job.only_trained()
     rows = [_compared(job, "annealed", results, "0.1"), _compared(job, "not-annealed", results, "0")]
     variance = [shown(row["explained_variance_uncentred"]) for row in rows]
     dead = [shown(row["dead"]["value"], percent=True) for row in rows]
@@ -110,7 +107,6 @@ def _annealing(job: Reproduction, results: Results) -> dict[str, Any]:
 
 def _vanilla(job: Reproduction, results: Results) -> dict[str, Any]:
     """Train L1 SAEs of several coefficients beside TopK."""
-    job.only_trained()
     scale = job.scale
     rows: list[dict[str, Any]] = [_compared(job, "annealed", results, "0.1") | {"name": "TopK"}]
     for factor in L1:
@@ -181,13 +177,13 @@ def _geometry(job: Reproduction, results: Results) -> dict[str, Any]:
     return {**plain(found), **facts, "svg": matches_svg([*found.between, *found.within])}
 
 
-STEPS = (
-    Step("saes", _saes),
-    Step("cards", _cards),
-    Step("jumprelu", _jumprelu, True),
-    Step("annealing", _annealing, True),
-    Step("vanilla", _vanilla, True),
-    Step("scores", _scores),
-    Step("shift", _shift, True),
-    Step("geometry", _geometry, True),
-)
+STEPS: dict[str, Step] = {
+    "saes": _saes,
+    "cards": _cards,
+    "jumprelu": _jumprelu,
+    "annealing": _annealing,
+    "vanilla": _vanilla,
+    "scores": _scores,
+    "shift": _shift,
+    "geometry": _geometry,
+}

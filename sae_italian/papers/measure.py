@@ -32,7 +32,7 @@ from sae_italian.evaluation import evaluate
 from sae_italian.evaluation.diagnosis import held_out_activations
 from sae_italian.models import parse_hook_name
 from sae_italian.papers.job import Reproduction, Subject, kept, open_subject
-from sae_italian.papers.report import baselines_svg, dictionary_name, section_of, shared_words, shown
+from sae_italian.papers.report import SHARED, baselines_svg, dictionary_name, section_of, shown
 from sae_italian.saes import check_fits, full_name, load_sae, weights_hash
 from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, fit_baselines, rescaled, with_top_k
 from sae_italian.saes.fit import fit
@@ -241,10 +241,18 @@ def compare_layer(sae: Any, subject: Subject, out: Path, settings: Settings, *, 
 def _compared(sae: Any, subject: Subject, out: Path, settings: Settings, sae_name: str) -> dict[str, Any]:
     baselines = _fitted(sae, subject, out / "dictionaries", settings)
     dictionaries, rows = {SAE: sae, **baselines}, []
-    scores = _scores(dictionaries, subject, out, settings, sae_name)
+    folders = {name: out / "caches" / name for name in dictionaries}
+    names = [sae_name if name == SAE and sae_name else name for name in dictionaries]
+    config = AutointerpConfig(latents=settings.latents, seed=settings.seed)
+    how = subject, [*folders.values()], settings.cache_tokens, config, names
+    scores = kept(out / "scores.json", lambda: scored([*dictionaries.values()], *how))
+    for name, folder in folders.items():
+        if name != SAE:  # the others' caches are dense with ReLU alone
+            remove(folder)
+    scores = dict(zip(dictionaries, scores, strict=True))
     for name, one in progress("evaluate dictionaries", dictionaries.items(), unit="SAE"):
         card = kept(out / "cards" / f"{name}.json", partial(card_of, one, subject, settings.card_tokens, name))
-        row = {"dictionary": name, **{key: card[key] for key in _CARD}, **scores[name]}
+        row = {"dictionary": name, **{key: card[key] for key in _CARD}, **{key: scores[name][key] for key in _SUMMARY}}
         row |= {key: perplexity(card[loss]) for key, loss in _PERPLEXITIES.items()}
         row["converged"] = getattr(one.cfg.metadata, "converged", None)
         row["name"] = dictionary_name(name) + ("" if row["converged"] is not False else " (not converged)")
@@ -291,22 +299,7 @@ def perplexity(loss: dict[str, float | None]) -> dict[str, float | None]:
     return {key: None if value is None else math.exp(value) for key, value in loss.items()}
 
 
-def _scores(
-    dictionaries: dict[str, Any], subject: Subject, out: Path, settings: Settings, sae_name: str
-) -> dict[str, Any]:
-    """Return each dictionary's simulation scores; caches but the SAE's own, dense with ReLU alone, go when they are scored."""
-    folders = {name: out / "caches" / name for name in dictionaries}
-    names = [sae_name if name == SAE and sae_name else name for name in dictionaries]
-    config = AutointerpConfig(latents=settings.latents, seed=settings.seed)
-    how = subject, [*folders.values()], settings.cache_tokens, config, names
-    found = kept(out / "scores.json", lambda: scored([*dictionaries.values()], *how))
-    for name, folder in folders.items():
-        if name != SAE:
-            remove(folder)
-    return {name: {key: each[key] for key in _SUMMARY} for name, each in zip(dictionaries, found, strict=True)}
-
-
 def baselines_markdown(result: dict[str, Any]) -> str:
     """Return the whole comparison as Markdown."""
-    title, text, tables, *_ = section_of(shared_words()["baselines"], result)
-    return "\n\n".join([f"# {title['en']}", *text.values(), *tables, "![baselines](baselines.svg)"]) + "\n"
+    title, _, *parts = (text for text, _ in section_of(SHARED["baselines"], result, head=True))
+    return "\n\n".join([title, *parts, "![baselines](baselines.svg)"]) + "\n"

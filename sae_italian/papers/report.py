@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from sae_italian.base.labels import filled, label
 from sae_italian.base.report import COLOURS, INK, MARKERS, OTHERS, OURS, REFERENCE, page, svg, table
@@ -18,49 +18,46 @@ NOT_DONE = "Not done · Non svolto"
 LONGEST = 240  # characters of a cell in the form `short`; report.json has the whole
 
 
-class Section(NamedTuple):
-    """A part of a report; titles and texts are in English (`en`) and Italian (`it`)."""
-
-    title: dict[str, str]
-    text: dict[str, str] = {}
-    tables: Sequence[str] = ()  # Markdown
-    pictures: dict[str, str] = {}  # SVGs by their file's name without .svg
-    skipped: str = ""  # why there is nothing else
+Parts = list[tuple[str, str]]
+"""Of a report: headings, texts and tables in Markdown, each with its language, `en` or `it`."""
 
 
-def write_report(out: Path, sections: Sequence[Section]) -> None:
-    """Write report.md, report.html and pictures/*.svg into `out`; the first section is the report's head."""
-    parts: list[str] = []
-    pictures, italian = {}, set()
-    for i, section in enumerate(sections):
-        title, other = section.title["en"], section.title["it"]
-        parts += [f"## {title} · {other}"] if i else [f"# {title}", f"*{other}*"]
-        parts += [*section.text.values(), *([f"{NOT_DONE}: {section.skipped}"] if section.skipped else [])]
-        italian |= {f"*{other}*", section.text.get("it", "")}
-        drawn = {f"![{name}](pictures/{name}.svg)": picture for name, picture in section.pictures.items()}
-        parts += [*section.tables, *drawn]
-        pictures |= drawn
-        for name, picture in section.pictures.items():
-            write_text(out / "pictures" / f"{name}.svg", picture)
-    write_text(out / "report.md", "\n\n".join(parts) + "\n")
-    write_text(out / "report.html", page(sections[0].title["en"], parts, pictures=pictures, italian=italian))
+def write_report(out: Path, parts: Parts, pictures: dict[str, str]) -> None:
+    """Write report.md, report.html and pictures/*.svg into `out`; a picture is an SVG by its file's name without .svg."""
+    for name, picture in pictures.items():
+        write_text(out / "pictures" / f"{name}.svg", picture)
+    texts, italian = [text for text, _ in parts], {text for text, language in parts if language == "it"}
+    drawn = {image_of(name): picture for name, picture in pictures.items()}
+    write_text(out / "report.md", "\n\n".join(texts) + "\n")
+    write_text(out / "report.html", page(texts[0].removeprefix("# "), texts, pictures=drawn, italian=italian))
+
+
+def image_of(name: str) -> str:
+    """Return the Markdown of a report's picture."""
+    return f"![{name}](pictures/{name}.svg)"
 
 
 # --- tables that a YAML describes ------------------------------------------------------------------------------------
 
 
-@cache
-def shared_words() -> dict[str, Any]:
-    """Return the tables and the sections that several reports have, by name."""
-    return read_yaml(Path(__file__).with_name("shared.yaml"))
+SHARED: dict[str, Any] = read_yaml(Path(__file__).with_name("shared.yaml"))  # tables and sections of several reports
 
 
-def section_of(words: dict[str, Any], result: dict[str, Any], pictures: dict[str, str] | None = None) -> Section:
-    """Return a section in the words of a YAML, their {names} filled in from a result; `text_given`: an SAE was given."""
+def section_of(words: dict[str, Any], result: dict[str, Any], head: bool = False) -> Parts:
+    """Return a section (or a report's head) in the words of a YAML, their {names} filled in from a result.
+
+    `text_given` is said in the place of `text` where an SAE was given.
+    """
     text = words["text_given"] if result.get("given") and "text_given" in words else words["text"]
     title, text = ({key: filled(said, result, key) for key, said in each.items()} for each in (words["title"], text))
-    tables = [table for described in words.get("tables", ()) for table in tables_of(described, result)]
-    return Section(title, text, tables, pictures or {})
+    tables = [(table, "en") for described in words.get("tables", ()) for table in tables_of(described, result)]
+    heads = [(f"# {title['en']}", "en"), (f"*{title['it']}*", "it")]
+    return [*(heads if head else heading(title)), *((said, key) for key, said in text.items()), *tables]
+
+
+def heading(title: dict[str, str]) -> Parts:
+    """Return the heading of a section in both languages."""
+    return [(f"## {title['en']} · {title['it']}", "en")]
 
 
 def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[str]:
@@ -71,7 +68,7 @@ def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[s
     part that is not there has none). Or `markdown` is the path to a table's lines. `each` repeats the table for every item
     of a list.
     """
-    spec = shared_words()[described] if isinstance(described, str) else described
+    spec = SHARED[described] if isinstance(described, str) else described
     parts = lookup(result, spec["each"]) if "each" in spec else [result]
     return [_table_of(spec, part) for part in parts]
 
@@ -167,13 +164,20 @@ def look(name: str) -> dict[str, str]:
 def baselines_svg(layers: Sequence[dict[str, Any]]) -> str:
     """Return scores by layer (top and random, random only), the curve of the middle layer, perplexity by layer."""
     layers = sorted(layers, key=lambda layer: layer["layer"])
+    dots: Any = pd.DataFrame([{**row, "place": str(layer["layer"])} for layer in layers for row in layer["rows"]])
+    dots["series"], looks = dots["dictionary"].map(dictionary_name), [*map(look, dots["dictionary"].unique())]
+    panels = {
+        "simulation": "simulation, top and random · simulazione, forti e casuali",
+        "simulation_random": "simulation, random only · solo casuali",
+        "perplexity": "perplexity · perplessità",
+    }
 
     def draw(axes: Any) -> None:
         first, second, third, last = axes
-        _by_layer(first, layers, "simulation", "simulation, top and random · simulazione, forti e casuali")
-        _by_layer(second, layers, "simulation_random", "simulation, random only · solo casuali")
+        for axis, (key, title) in zip((first, second, last), panels.items(), strict=True):
+            _beside(axis, dots, key, title, looks)
+            axis.set_xlabel("layer · strato")
         _curves(third, layers[len(layers) // 2])
-        _by_layer(last, layers, "perplexity", "perplexity · perplessità")
         own, places = [layer["rows"][0]["perplexity_of_model"]["value"] for layer in layers], np.arange(len(layers))
         named = {"color": INK, "linestyle": ":", "label": "the model · il modello"}
         line = last.hlines(own, places - 0.45, places + 0.45, **named)
@@ -184,27 +188,13 @@ def baselines_svg(layers: Sequence[dict[str, Any]]) -> str:
     return svg(draw, 4, (15.0, 4.4))
 
 
-def _by_layer(axis: Any, layers: Sequence[dict[str, Any]], key: str, title: str) -> None:
-    series: dict[str, dict[str, dict[str, Any]]] = {}
-    for layer in layers:
-        for row in layer["rows"]:
-            series.setdefault(row["dictionary"], {})[str(layer["layer"])] = row[key]
-    _beside(axis, {dictionary_name(name): found for name, found in series.items()}, title, [*map(look, series)])
-    axis.set_xlabel("layer · strato")
-
-
-def _beside(
-    axis: Any, series: dict[str, dict[str, dict[str, Any]]], title: str = "", looks: Sequence[dict[str, str]] = _LOOKS
-) -> None:
-    """Draw series side by side: each one's estimates, by their places on the axis, as dots with their intervals."""
-    places = list(dict.fromkeys(place for found in series.values() for place in found))
-    for i, (name, found) in enumerate(series.items()):
-        numbers = [[each[key] for key in ("value", "lo", "hi")] for each in found.values()]
-        value, low, high = (
-            np.array(numbers, dtype=float).reshape(-1, 3).T
-        )  # what was not measured is NaN, and not drawn
-        around = np.nan_to_num([value - low, high - value]).clip(0)
-        x = [places.index(place) + 0.8 * ((i + 0.5) / len(series) - 0.5) for place in found]
+def _beside(axis: Any, dots: Any, key: str, title: str = "", looks: Sequence[dict[str, str]] = _LOOKS) -> None:
+    """Draw series side by side; a row of `dots` is a dot's `series`, its `place` on the axis, and its estimate at `key`."""
+    places, series = dots["place"].unique().tolist(), dots.groupby("series", sort=False)
+    for i, (name, some) in enumerate(series):
+        value, low, high = pd.DataFrame(some[key].tolist())[["value", "lo", "hi"]].to_numpy(dtype=float).T
+        around = np.nan_to_num([value - low, high - value]).clip(0)  # what was not measured is NaN, and not drawn
+        x = [places.index(place) + 0.8 * ((i + 0.5) / len(series) - 0.5) for place in some["place"]]
         style = {"linestyle": "none", "markersize": 4.5, "elinewidth": 1, "label": name, **looks[i % len(looks)]}
         axis.errorbar(x, value, yerr=around, **style)
     axis.set_xticks(range(len(places)), places)
@@ -245,20 +235,23 @@ def sweep_svg(points: Sequence[dict[str, Any]], layer: dict[str, Any]) -> str:
 
 def scores_svg(auto: dict[str, Any], random: dict[str, Any]) -> str:
     """Return detection, fuzzing and simulation of an SAE beside its shuffled explanations, token lookup and random SAE."""
-    parts = ("detection", "fuzzing", "simulation")
     series = {
-        "SAE": {part: auto[part] for part in parts},
-        "token lookup · solo il token": {part: auto[f"lookup_{part}"] for part in parts},
-        "shuffled · scambiate": {part: auto[f"shuffled_{part}"] for part in parts},
-        "random SAE · SAE casuale": {part: random[part] for part in parts},
+        "SAE": (auto, ""),
+        "token lookup · solo il token": (auto, "lookup_"),
+        "shuffled · scambiate": (auto, "shuffled_"),
+        "random SAE · SAE casuale": (random, ""),
     }
+    dots = [
+        {"series": name, "place": part, "score": of[f"{prefix}{part}"]}
+        for name, (of, prefix) in series.items()
+        for part in ("detection", "fuzzing", "simulation")
+    ]
 
     def draw(axes: Any) -> None:
-        (axis,) = axes
-        _beside(axis, series)
-        axis.axhline(0.5, color=INK, linewidth=0.7, linestyle=":")
-        axis.set_ylabel("balanced accuracy; correlation of the simulation")
-        axis.legend()
+        _beside(axes[0], pd.DataFrame(dots), "score")
+        axes[0].axhline(0.5, color=INK, linewidth=0.7, linestyle=":")
+        axes[0].set_ylabel("balanced accuracy; correlation of the simulation")
+        axes[0].legend()
 
     return svg(draw, 1, (7.0, 3.8))
 
@@ -270,13 +263,13 @@ def suite_svg(rows: Sequence[dict[str, Any]]) -> str:
         "delta_lm_loss": "delta LM loss (nats)",
         "dead": "dead latents · latenti morti",
     }
+    dots: Any = pd.DataFrame(sorted(rows, key=lambda row: row["expansion"]))
+    dots["series"] = [f"{width:g}x" for width in dots["expansion"]]
+    dots["place"] = "L" + dots["layer"].astype(str) + dots["site"]
 
     def draw(axes: Any) -> None:
         for axis, (key, title) in zip(axes, panels.items(), strict=True):
-            series: dict[str, dict[str, dict[str, Any]]] = {}
-            for row in sorted(rows, key=lambda row: row["expansion"]):
-                series.setdefault(f"{row['expansion']:g}x", {})[f"L{row['layer']}{row['site']}"] = row[key]
-            _beside(axis, series, title)
+            _beside(axis, dots, key, title)
             axis.set_xlabel("layer and site · strato e sito")
         axes[0].legend()
 

@@ -18,7 +18,16 @@ from sae_italian.papers.job import (
     run_steps,
 )
 from sae_italian.papers.measure import card_of, examples, score_sae
-from sae_italian.papers.report import Section, scores_svg, section_of, shared_words, write_report
+from sae_italian.papers.report import (
+    NOT_DONE,
+    SHARED,
+    Parts,
+    heading,
+    image_of,
+    scores_svg,
+    section_of,
+    write_report,
+)
 from sae_italian.saes import check_fits, full_name, load_sae, weights_hash
 
 # --- Bondielli, Passaro and Lenci (CLiC-it 2025): one TopK SAE, explained and scored, with examples ------------------
@@ -54,13 +63,13 @@ def _examples(job: Reproduction, _: Results) -> dict[str, Any]:
     return {"examples": examples(job.out / "cache", job.subject.model.tokenizer, job.budget["examples"])}
 
 
-CLIC_IT = (Step("sae", _sae), Step("card", _card), Step("scores", _scores), Step("examples", _examples))
+CLIC_IT: dict[str, Step] = {"sae": _sae, "card": _card, "scores": _scores, "examples": _examples}
 
 
 # --- the command -------------------------------------------------------------------------------------------------------
 
 KIND = "reproduce"
-STEPS: dict[str, tuple[Step, ...]] = {
+STEPS: dict[str, dict[str, Step]] = {
     "cunningham-2023": cunningham.STEPS,
     "llama-scope": llama_scope.STEPS,
     "clic-it-2025": CLIC_IT,
@@ -98,7 +107,7 @@ def reproduce(
     spec |= {"paper": name, "sae": weights_hash(loaded) if loaded is not None else None, "budget": budget}
     with claimed(out, KIND, spec, resume=resume, overwrite=overwrite):
         results, seconds = run_steps(Reproduction(chosen, subject, budget, out, sae), STEPS[name])
-        pictures = {step: {step: result.pop("svg")} for step, result in results.items() if "svg" in result}
+        pictures = {step: result.pop("svg") for step, result in results.items() if "svg" in result}
         report = {
             "paper": {"name": name, "title": chosen.title, "authors": chosen.authors, "link": chosen.link},
             "model": subject.name,
@@ -111,12 +120,12 @@ def reproduce(
             "seconds": seconds,
         }
         write_json(out / "report.json", report)
-        write_report(out, sections(chosen, report, pictures))
+        write_report(out, parts_of(chosen, report, pictures), pictures)
         return report
 
 
-def sections(chosen: Paper, report: dict[str, Any], pictures: dict[str, dict[str, str]]) -> list[Section]:
-    """Return the report's sections, from its JSON and the steps' pictures; the first is its head."""
+def parts_of(chosen: Paper, report: dict[str, Any], pictures: dict[str, str]) -> Parts:
+    """Return the parts of the report from its JSON; each step's section ends with its picture."""
     facts = report | {
         "setting": chosen.setting,
         "total": sum(report["seconds"].values()),
@@ -124,11 +133,11 @@ def sections(chosen: Paper, report: dict[str, Any], pictures: dict[str, dict[str
         "budget_rows": [{"name": key, "value": str(value)} for key, value in report["budget"].items()],
         "second_rows": [{"name": key, "value": f"{value:,.1f}"} for key, value in report["seconds"].items()],
     }
-    found = [section_of(shared_words()[name], facts) for name in ("head", "figures", "resources")]
-    for step in STEPS[chosen.name]:
-        words, result = chosen.steps[step.name], report["steps"][step.name]
-        if SKIPPED in result:
-            found.append(Section(words["title"], skipped=result[SKIPPED]))
-            continue
-        found.append(section_of(words, result, pictures.get(step.name)))
-    return found
+    parts = section_of(SHARED["head"], facts, head=True)
+    parts += section_of(SHARED["figures"], facts) + section_of(SHARED["resources"], facts)
+    for name, words in chosen.steps.items():
+        if SKIPPED in (result := report["steps"][name]):
+            parts += [*heading(words["title"]), (f"{NOT_DONE}: {result[SKIPPED]}", "en")]
+        else:
+            parts += section_of(words, result) + [(image_of(name), "en")] * (name in pictures)
+    return parts

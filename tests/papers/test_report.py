@@ -12,19 +12,19 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label
 from sae_italian.base.statistics import correlation, slope
 from sae_italian.papers import cunningham, llama_scope
-from sae_italian.papers.job import paper, papers
-from sae_italian.papers.report import Section, lookup, shown, tables_of, write_report
+from sae_italian.papers.job import PAPERS, paper
+from sae_italian.papers.report import NOT_DONE, heading, image_of, lookup, section_of, shown, tables_of, write_report
 from sae_italian.papers.reproduce import STEPS
 
 
 def test_every_paper_has_its_steps_and_each_figure_names_one():
-    assert set(papers()) == set(STEPS) == {"cunningham-2023", "llama-scope", "clic-it-2025"}
-    for name, found in papers().items():
-        steps = {step.name for step in STEPS[name]}
-        assert set(found.steps) == steps
+    assert set(PAPERS) == set(STEPS) == {"cunningham-2023", "llama-scope", "clic-it-2025"}
+    for name, found in PAPERS.items():
+        steps = [*STEPS[name]]
+        assert [*found.steps] == steps
         for words in found.steps.values():
-            assert set(words) <= {"title", "text", "text_given", "tables"}
-            assert all(set(words[key]) == {"en", "it"} for key in set(words) - {"tables"})
+            assert set(words) <= {"title", "text", "text_given", "tables", "optional", "trains"}
+            assert all(set(words[key]) == {"en", "it"} for key in set(words) - {"tables", "optional", "trains"})
         for figure in found.figures:
             assert figure["ours"].split(".")[0] in steps, (name, figure)
             assert figure["where"] and figure["value"] and all(figure["what"].values()), (name, figure)
@@ -111,18 +111,12 @@ class _Balance(HTMLParser):
 @pytest.fixture
 def written(tmp_path):
     rows = [{"a": "x|y", "b": "<script>alert(1)</script> [c](http://d) ![e](f)"}, {"a": "è", "b": "2"}]
-    (table,) = tables_of({"caption": "uno", "rows": "rows", "columns": {"a": "a", "b": "b"}}, {"rows": rows})
-    sections = [
-        Section({"en": "Title", "it": "Titolo"}, {"en": "Intro", "it": "Inizio"}),
-        Section(
-            {"en": "One", "it": "Uno"},
-            {"en": "Text & more.", "it": "Testo."},
-            [table],
-            {"p": "<?xml?><svg><path/></svg>"},
-        ),
-        Section({"en": "Two", "it": "Due"}, skipped="the model cannot"),
-    ]
-    write_report(tmp_path, sections)
+    table = {"caption": "uno", "rows": "rows", "columns": {"a": "a", "b": "b"}}
+    head = {"title": {"en": "Title", "it": "Titolo"}, "text": {"en": "Intro", "it": "Inizio"}}
+    one = {"title": {"en": "One", "it": "Uno"}, "text": {"en": "Text & more.", "it": "Testo."}, "tables": [table]}
+    parts = section_of(head, {}, head=True) + section_of(one, {"rows": rows}) + [(image_of("p"), "en")]
+    parts += [*heading({"en": "Two", "it": "Due"}), (f"{NOT_DONE}: the model cannot", "en")]
+    write_report(tmp_path, parts, {"p": "<?xml?><svg><path/></svg>"})
     return tmp_path
 
 

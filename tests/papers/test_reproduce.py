@@ -13,7 +13,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced, time_bound
 from sae_italian.cli import main
 from sae_italian.papers import compare_baselines, reproduce
-from sae_italian.papers.job import Reproduction, Step, Subject, open_subject, paper, run_steps
+from sae_italian.papers.job import Reproduction, Subject, open_subject, paper, run_steps
 from sae_italian.papers.reproduce import STEPS
 from sae_italian.saes import load_sae
 
@@ -72,7 +72,7 @@ def check_report(out, report, name):
     """What every report must hold, whatever the numbers are."""
     saved = json.loads((out / "report.json").read_text())
     assert saved["paper"]["name"] == name and saved["budget"] == report["budget"]
-    assert [step.name for step in STEPS[name]] == list(saved["steps"])
+    assert [*STEPS[name]] == list(saved["steps"])
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     for figure in paper(name).figures:
         assert figure["what"]["en"] in text and html.escape(str(figure["value"])) in page, figure
@@ -163,17 +163,18 @@ def test_steps_that_cannot_be_done_are_named_and_tried_again(tmp_path):
             raise UsageError("the model cannot")
         return {"found": results["first"]["x"]}
 
-    first = Step("first", lambda job, results: {"x": len(tries)})
-    steps = (first, Step("second", fails, True))
-    job = Reproduction(paper("clic-it-2025"), None, {}, tmp_path)
+    steps = {"first": lambda job, results: {"x": len(tries)}, "second": fails}
+    made = paper("clic-it-2025")._replace(steps={"first": {}, "second": {"optional": True}})
+    job = Reproduction(made, None, {}, tmp_path)
     assert run_steps(job, steps)[0]["second"] == {"skipped": "the model cannot"}
     assert run_steps(job, steps)[0] == {"first": {"x": 0}, "second": {"found": 0}}
     assert run_steps(job, steps)[0]["second"] == {"found": 0} and len(tries) == 2
     with pytest.raises(UsageError, match="the model cannot"):
         tries.clear()
-        run_steps(Reproduction(job.paper, None, {}, tmp_path / "b"), (first, steps[1]._replace(optional=False)))
-    with pytest.raises(UsageError, match="an SAE was given"):
-        Reproduction(job.paper, None, {}, tmp_path, sae="some").only_trained()
+        run_steps(Reproduction(made._replace(steps={"first": {}, "second": {}}), None, {}, tmp_path / "b"), steps)
+    trains = made._replace(steps={"first": {}, "second": {"optional": True, "trains": True}})
+    skipped = run_steps(Reproduction(trains, None, {}, tmp_path / "c", sae="some"), steps)[0]["second"]["skipped"]
+    assert skipped.startswith("an SAE was given")
 
 
 def test_no_step_begins_when_the_minutes_are_over_and_resume_goes_on(tmp_path, capsys):
@@ -182,12 +183,9 @@ def test_no_step_begins_when_the_minutes_are_over_and_resume_goes_on(tmp_path, c
     def first(job, results):
         return {"cut": cut_short(), "x": len(list(paced(range(5), "inner", 5)))}  # a step that has begun is whole
 
-    steps = (
-        Step("first", first),
-        Step("second", lambda job, of: {"y": of["first"]["x"]}),
-        Step("third", lambda *_: {}),
-    )
-    job = Reproduction(paper("clic-it-2025"), None, {}, tmp_path)
+    steps = {"first": first, "second": lambda job, of: {"y": of["first"]["x"]}, "third": lambda *_: {}}
+    made = paper("clic-it-2025")._replace(steps=dict.fromkeys(steps, {}))
+    job = Reproduction(made, None, {}, tmp_path)
     with time_bound(1e-6) as cut:
         results, seconds = run_steps(job, steps)
     assert results["first"] == {"cut": [], "x": 5} and seconds["second"] == seconds["third"] == 0
