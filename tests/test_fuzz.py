@@ -264,10 +264,10 @@ def evaluated(folder: Path) -> None:
 
 
 def graphs(folder: Path) -> None:
-    from sae_italian.circuits.graph import Graph, GraphNode
+    from sae_italian.circuits.graph import Graph, joined, nodes_of
 
     shutil.copytree(OLD / "cache", folder / "cache")
-    one, nodes = np.ones(1, int), (GraphNode("embedding", -1, 0, 1), GraphNode("latent", 1, 0, 3, 1.0))
+    one, nodes = np.ones(1, int), joined([nodes_of("embedding", -1, 0, 1), nodes_of("latent", 1, 0, 3, 1.0)])
     Graph("a", "m", ("a",), 4, nodes, one, np.ones((1, 2)), np.ones(1), 1).save(folder / "graph")
     spec = {"transcoders": json.loads((OLD / "cache/manifest.json").read_text())["sae"]}
     write_json(folder / "graph/run.json", {"kind": "graph", "created": "", "spec": spec})

@@ -54,10 +54,10 @@ def latents_of(folder: Path, transcoders: Sequence[Any], graph: Graph, out: Path
     Raises: UsageError as `caches_of`.
     """
     found: dict[tuple[int, int], dict[str, Any]] = {}
-    wanted = {(node.layer, node.index) for node in graph.nodes if node.kind == "latent"}
+    nodes = graph.nodes[graph.latents]
     for layer, cache in caches_of(folder, transcoders).items():
         source, href = LatentSource(cache, tokenizer), report_beside(cache.folder, out)
-        for _, latent in sorted(pair for pair in wanted if pair[0] == layer):
+        for latent in np.unique(nodes.index[nodes.layer == layer]).tolist():
             found[layer, latent] = _told(source, latent, href)
     return found
 
@@ -99,7 +99,8 @@ def graphs_beside(cache: FeatureCache, out: Path) -> dict[int, list[dict[str, st
             if Path(str(spec.get("transcoders", ""))).resolve() in (sae, sae.parent):
                 graph = Graph.load(file.parent)
                 page = os.path.relpath(file.with_name("index.html"), out.resolve())
-                nodes = {node.index: node for node in graph.nodes if node.kind == "latent" and node.layer == layer}
+                nodes = graph.nodes[graph.latents]
+                nodes = {node.index.item(): node for node in nodes[nodes.layer == layer]}
                 for latent, node in nodes.items():
                     address = f"{page}#node={id_of(node, graph.n_layers)}"
                     found.setdefault(latent, []).append({"prompt": graph.prompt, "href": address})
@@ -131,20 +132,17 @@ def write_graph_page(out: Path, graph: Graph, latents: Latents | None = None, ch
 def _data(graph: Graph, latents: Latents, checked: Checked | None) -> dict[str, Any]:
     reached = influence(graph)
     before = standing(reached) - reached / max(reached.sum(), 1e-10)  # what more influential nodes hold
-    keep, square = prune(graph, NODE_SHARE)
+    keep, small = prune(graph, NODE_SHARE)
     kept = np.flatnonzero(keep)
-    if len(kept) > MOST_NODES:
-        ends = graph.of_kind("embedding", "logit")[kept]
-        order = np.argsort(np.where(ends, -1.0, -reached[kept]), kind="stable")
-        some = np.sort(order[:MOST_NODES])
-        kept, square = kept[some], square[np.ix_(some, some)]
-    target, source = square.nonzero()
+    order = np.argsort(np.where(small.of_kind("embedding", "logit"), -np.inf, -reached[kept]), kind="stable")
+    shown = np.isin(np.arange(len(kept)), order[:MOST_NODES])
+    kept, small = kept[shown], small.only(shown)
+    nodes, (target, source, weight) = small.nodes, small.edges()
+    keys = [
+        *zip(nodes.layer.tolist(), nodes.index.tolist(), strict=True)
+    ]  # what is no latent has another layer, or index
     labels = {lang: {key: told[f"label_{lang}"] for key, told in latents.items()} for lang in ("it", "en")}
     random = checked.scores["random"] if checked else None
-    nodes = [graph.nodes[i] for i in kept.tolist()]
-    keys = [(node.layer, node.index) if node.kind == "latent" else None for node in nodes]
-    columns = {name: [getattr(node, name) for node in nodes] for name in ("kind", "layer", "position", "index", "text")}
-    told = {f"label_{lang}": [labels[lang].get(key, "") if key else "" for key in keys] for lang in labels}
     return {
         "prompt": graph.prompt,
         "model": graph.model,
@@ -152,22 +150,18 @@ def _data(graph: Graph, latents: Latents, checked: Checked | None) -> dict[str, 
         "n_layers": graph.n_layers,
         "nodes": {
             "id": [id_of(node, graph.n_layers) for node in nodes],
-            **columns,
-            **told,
-            "value": rounded([node.value for node in nodes], 4),
+            **{name: nodes[name].tolist() for name in ("kind", "layer", "position", "index", "text")},
+            **{f"label_{lang}": [told.get(key, "") for key in keys] for lang, told in labels.items()},
+            "value": rounded(nodes.value.tolist(), 4),
             "influence": rounded(reached[kept].tolist(), 4),
             "before": rounded(before[kept].tolist(), 4),
         },
         "edges": {
             "target": target.tolist(),
             "source": source.tolist(),
-            "weight": rounded(square[target, source].tolist(), 4),
+            "weight": rounded(weight.tolist(), 4),
         },
-        "cards": {
-            f"{layer}_{index}": latents[layer, index]
-            for layer, index in filter(None, keys)
-            if (layer, index) in latents
-        },
+        "cards": {f"{layer}_{index}": latents[layer, index] for layer, index in keys if (layer, index) in latents},
         "check": "data:image/svg+xml;base64," + b64encode(check_svg(checked).encode()).decode() if checked else "",
         **{f"sentence_{lang}": sentence(graph, labels[lang], lang, random) for lang in ("it", "en")},
         **{

@@ -3,7 +3,6 @@
 With all layers replaced, each transcoder reads what the earlier ones wrote: errors add up, which no layer by itself shows.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -71,14 +70,10 @@ def random_graph(
     model: Any, transcoders: Sequence[Any], graph: Graph, *, batch: int | None = None, seed: int = 0
 ) -> tuple[list[Any], Graph]:
     """Return random twins of the transcoders, and the graph of the same prompt, as large, that they make: the control."""
-    prompt = Prompt(model, transcoders, graph.prompt)
-    names = {layer: sae.cfg.metadata.hook_name for layer, sae in prompt.by_layer.items()}
-    reads = read_many(model, prompt.tokens, list(names.values())) if names else {}
-    twins = [
-        random_twin(sae, seed, lambda sae=sae, name=names[layer]: reads[name][0, 1:].to(sae.dtype))
-        for layer, sae in prompt.by_layer.items()
-    ]
-    logits = [node.index for node in graph.nodes if node.kind == "logit"]
+    reads = Prompt(model, transcoders, graph.prompt).read().values()
+    both = zip(transcoders, reads, strict=True)
+    twins = [random_twin(sae, seed, lambda sae=sae, x=x: x[1:].to(sae.dtype)) for sae, x in both]
+    logits = graph.nodes.index[graph.of_kind("logit")].tolist()
     how: dict[str, Any] = {"logits": logits, "against": graph.against, "batch": batch}
     with time_bound():  # whole, however little time the graph has left
         return twins, attribute(model, twins, graph.prompt, max_nodes=max(1, len(graph.latents)), **how)
@@ -99,11 +94,10 @@ def check(
     patching too. `control` is what `random_graph` returned, where it is at hand. Raises: UsageError as `attribute`.
     """
     twins, other = control or random_graph(model, transcoders, graph, seed=seed)
-    prompts = [Prompt(model, saes, graph.prompt) for saes in (transcoders, twins)]
-    both = zip(prompts, (graph, other), ("", ", random transcoders"), strict=True)
-    found = [_agreements(prompt, each, n_latents, seed, name) for prompt, each, name in both]
-    told = {name: scores(each)[:2] for name, each in (("these", graph), ("random", other))}
-    return Checked(found[0], found[1], told, replayed(prompts[0], graph))
+    prompt, twin = (Prompt(model, saes, graph.prompt) for saes in (transcoders, twins))
+    mine = _agreements(prompt, graph, n_latents, seed, "")
+    random = _agreements(twin, other, n_latents, seed, ", random transcoders")
+    return Checked(mine, random, {"these": scores(graph)[:2], "random": scores(other)[:2]}, replayed(prompt, graph))
 
 
 @torch.no_grad()
@@ -114,10 +108,10 @@ def replayed(prompt: Prompt, graph: Graph) -> float:
     its edge. That proves the algebra, for any transcoders; only taking latents away says whether the graph is true.
     """
     before, worst = prompt.frozen(), 0.0
-    targets = prompt.targets([graph.nodes[i] for i in graph.targets.tolist()], graph.against)
-    for column in graph.ranked[:REPLAYED].tolist():
+    targets, first = prompt.targets(graph.nodes[graph.targets], graph.against), graph.ranked[:REPLAYED]
+    for column, write in zip(first.tolist(), prompt.writes(graph.nodes[first]), strict=True):
         node, more = graph.nodes[column], torch.zeros_like(before.leaves[0][0])
-        more[node.position] = prompt.write(node)
+        more[node.position] = write
         after = prompt.frozen(before=before, added={node.layer: more})
         change = {layer: after.reads[layer] - read for layer, read in before.reads.items()}
         moved = torch.cat([each.of(change) for each in targets]).cpu().numpy()
@@ -145,13 +139,12 @@ def foretold(graph: Graph) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarra
     """
     from scipy.linalg import solve_triangular
 
-    latent, among = graph.of_kind("latent"), graph.among(graph.of_kind("latent"))
-    logit = graph.weights[len(among)]  # rows: latents, then logits
-    value = np.array([node.value for node in graph.nodes])[latent]
-    direct, paths = np.zeros(len(latent)), np.zeros(len(latent))
-    direct[latent] = -logit[latent]
-    onwards = solve_triangular(np.eye(len(among)) - among / value, logit[latent] / value, trans=1, lower=True)
-    paths[latent] = direct[latent] - onwards @ among
+    among = graph.only(graph.of_kind("latent"))
+    logit = graph.weights[len(graph.latents), graph.latents]  # rows: latents, then logits
+    value = among.nodes.value
+    direct, paths = np.zeros((2, len(graph.nodes)))
+    onwards = solve_triangular(np.eye(len(value)) - among.weights / value, logit / value, trans=1, lower=True)
+    direct[graph.latents], paths[graph.latents] = -logit, -logit - onwards @ among.weights
     return direct, paths
 
 
@@ -159,41 +152,40 @@ def foretold(graph: Graph) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarra
 def changes(prompt: Prompt, graph: Graph, latents: np.ndarray) -> Float[np.ndarray, " n"]:
     """Return the real change of the first logit, less what it is explained less, when each latent's write is taken away."""
     model, n_pos = prompt.model, prompt.tokens.shape[1]
-    logit = next(node.index for node in graph.nodes if node.kind == "logit")
-    last = torch.arange(n_pos, device=prompt.tokens.device)[None] == n_pos - 1
+    logit = graph.nodes.index[graph.of_kind("logit")][0]
 
-    def centred(n: int) -> Float[Tensor, " n"]:
-        logits = logits_at(model, prompt.tokens.expand(n, -1), last.expand(n, -1)).cpu().double()
+    def difference(n: int) -> Float[Tensor, " n"]:
+        logits = logits_at(model, prompt.tokens.expand(n, -1), torch.arange(n_pos) == torch.full((n, 1), n_pos - 1))
+        logits = logits.cpu().double()
         return logits[:, logit] - (logits.mean(-1) if graph.against is None else logits[:, graph.against])
 
-    before, found = centred(1), []
-    batches = [latents[at : at + AT_ONCE].tolist() for at in range(0, len(latents), AT_ONCE)]
-    for some in progress("taken away", batches, unit="batch"):
-        nothing = torch.zeros(len(some), n_pos, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        gone: dict[int, Tensor] = defaultdict(nothing.clone)
-        for row, node in enumerate(graph.nodes[i] for i in some):
-            gone[node.layer][row, node.position] = prompt.write(node).to(nothing)
+    before, found = difference(1), [torch.zeros(0)]
+    for at in progress("taken away", range(0, len(latents), AT_ONCE), unit="batch"):
+        nodes = graph.nodes[latents[at : at + AT_ONCE]]
+        writes = prompt.writes(nodes)
         with ExitStack() as stack:
-            for layer, writes in gone.items():
-                stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", lambda x, w=writes: x - w.to(x)))
-            found.append((centred(len(some)) - before).cpu())
-    return torch.cat(found).numpy() if found else np.zeros(0)
+            for layer in np.unique(nodes.layer).tolist():
+                own = np.flatnonzero(nodes.layer == layer)
+                gone = writes.new_zeros(len(nodes), n_pos, writes.shape[1])
+                gone[own, nodes.position[own]] = writes[own]
+                stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", lambda x, w=gone: x - w.to(x)))
+            found.append(difference(len(nodes)) - before)
+    return torch.cat(found).numpy()
 
 
 def check_svg(checked: Checked) -> str:
     """Return what was foretold against what happened, a point a latent: this graph's, and the random transcoders'."""
 
     def draw(axes: Any) -> None:
-        for axis, pair in zip(axes, (checked.graph, checked.random), strict=True):
+        sides = zip(axes, (checked.graph, checked.random), ("this graph", "random transcoders"), strict=True)
+        for axis, pair, title in sides:
             for found, colour in zip(pair, (OURS, REFERENCE), strict=True):
                 points = np.array(found.points).reshape(-1, 2)
-                axis.scatter(points[:, 0], points[:, 1], s=12, color=colour, label=found.what.split(",")[0])
-            ends = [pick(axis.get_xlim()[i], axis.get_ylim()[i]) for i, pick in enumerate((min, max))]
-            axis.plot(ends, ends, color="black", linewidth=0.5, linestyle=":")
+                axis.scatter(*points.T, s=12, color=colour, label=found.what.split(",")[0])
+            axis.axline((0, 0), slope=1, color="black", linewidth=0.5, linestyle=":")
             axis.set_xlabel("foretold change of the logit")
+            axis.set_title(title, fontsize=9)
         axes[0].set_ylabel("real change")
-        axes[0].set_title("this graph", fontsize=9)
-        axes[1].set_title("random transcoders", fontsize=9)
         axes[0].legend(fontsize=8)
 
     return svg(draw, 2, (8, 3.6))
@@ -239,49 +231,52 @@ def examine_set(
     parts = [read_many(model, tokens, hooks) for tokens in windows.split(WINDOWS)]  # one pass for all layers
     for layer, sae in sorted(by_layer.items()):
         x, y = (torch.cat([part.pop(hook) for part in parts])[~silent].to(sae.dtype) for hook in hooks_of(sae))
-        found = fit(sae, x, y)
-        numbers = {"l0": found.l0, "explained_variance": found.explained_variance, "dead": found.dead}
-        layers.append({"layer": layer, **numbers})
+        found = fit(sae, x, y)._asdict()
+        layers.append({"layer": layer, **{name: found[name] for name in ("l0", "explained_variance", "dead")}})
         twins[layer] = random_twin(sae, seed, lambda x=x: x)
+    ways, losses = ({}, by_layer, twins, dict.fromkeys(by_layer)), []
     size = max(1, LOGITS // (context * model.config.vocab_size))
-    sums = []
     for some in paced(torch.arange(len(windows)).split(size), "losses", len(windows), "window", size=len):
-        ways = ({}, by_layer, twins, dict.fromkeys(by_layer))
-        sums.append(torch.stack([_losses(model, windows[some], silent[some], way) for way in ways], dim=1))
-    total = torch.cat(sums).double().numpy()  # [windows, ways, (loss, tokens)]
-    loss, tokens = total[..., 0], total[:, :1, 1]
-    told = {}
-    for i, name in enumerate(LOSSES):
-        told[name] = bootstrap(np.c_[loss[:, i], tokens], lambda s: s[:, 0] / s[:, 1])
-    for name, way in (("recovered", 1), ("recovered_random", 2)):
-        told[name] = bootstrap(loss[:, [0, way, 3]], lambda s: (s[:, 2] - s[:, 1]) / (s[:, 2] - s[:, 0]))
-    value = {"layers": layers, "n_tokens": int(tokens.sum()), **told}
+        losses.append(torch.stack([_losses(model, windows[some], silent[some], way) for way in ways], dim=1))
+    loss = torch.cat(losses).double().numpy()  # [windows, ways]
+    n = _counted(silent)[: len(loss)].sum(1).cpu().numpy()
+    value: dict[str, Any] = {"layers": layers, "n_tokens": int(n.sum())}
+    for way, name in enumerate(LOSSES):
+        value[name] = bootstrap(np.c_[loss[:, way], n], lambda s: s[:, 0] / s[:, 1])
+    for way, name in ((1, "recovered"), (2, "recovered_random")):
+        value[name] = bootstrap(loss[:, [0, way, 3]], lambda s: (s[:, 2] - s[:, 1]) / (s[:, 2] - s[:, 0]))
     return value, _set_text(value)
 
 
 def _set_text(told: Mapping[str, Any]) -> str:
-    forms = {"layer": "d", "l0": ".1f", "explained_variance": ".3f", "dead": ".1%"}
-    rows = [[f"{of_layer[name]:{form}}" for name, form in forms.items()] for of_layer in told["layers"]]
-    recovered = "", shown(told["recovered"], ".3f"), shown(told["recovered_random"], ".3f"), "0"
-    losses = [(what, shown(told[name], ".3f")) for name, what in LOSSES.items()]
-    both = [(*loss, share) for loss, share in zip(losses, recovered, strict=True)]
+    layers = [
+        (n["layer"], f"{n['l0']:.1f}", f"{n['explained_variance']:.3f}", f"{n['dead']:.1%}") for n in told["layers"]
+    ]
+    shares = "", shown(told["recovered"], ".3f"), shown(told["recovered_random"], ".3f"), "0"
+    losses = [
+        (what, shown(told[name], ".3f"), share) for (name, what), share in zip(LOSSES.items(), shares, strict=True)
+    ]
     return (
-        f"{table('layer | L0 | explained variance | never active', rows)}\n\n"
-        f"{table('MLPs of all these layers at once | CE loss | recovered', both)}\n\n{told['n_tokens']:,} tokens"
+        f"{table('layer | L0 | explained variance | never active', layers)}\n\n"
+        f"{table('MLPs of all these layers at once | CE loss | recovered', losses)}\n\n{told['n_tokens']:,} tokens"
     )
+
+
+def _counted(silent: Bool[Tensor, "windows pos"]) -> Bool[Tensor, "windows pos"]:
+    """Return from which tokens the next one's loss counts: neither of the two is special."""
+    return ~silent & ~silent.roll(-1, 1) & (torch.arange(silent.shape[1]) < silent.shape[1] - 1).to(silent.device)
 
 
 def _losses(
     model: Any, tokens: Int[Tensor, "windows pos"], silent: Bool[Tensor, "windows pos"], way: Mapping[int, Any]
-) -> Float[Tensor, "windows 2"]:
-    """Return the loss of each window and of how many tokens it is, special ones left out."""
-    wanted = torch.zeros_like(silent)
-    wanted[:, :-1] = ~silent[:, 1:] & ~silent[:, :-1]
+) -> Float[Tensor, " windows"]:
+    """Return the loss of each window, the sum over its tokens."""
+    wanted = _counted(silent)
     with with_transcoders(model, way, silent):
         logits = logits_at(model, tokens, wanted).float()
     loss = logits.new_zeros(wanted.shape)
     loss[wanted] = torch.nn.functional.cross_entropy(logits, tokens.roll(-1, 1)[wanted], reduction="none")
-    return torch.stack([loss.sum(1), wanted.sum(1).to(loss)], dim=1).cpu()
+    return loss.sum(1).cpu()
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from hashlib import sha256
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sae_italian.analysis.latent import codes, edit_hooks, special, token_text, written_directions
 from sae_italian.base.errors import UsageError
-from sae_italian.base.pace import Pace
+from sae_italian.base.pace import Pace, is_bounded
 from sae_italian.base.storage import read_json, write_json
-from sae_italian.circuits.graph import ROWS_AT_ONCE, Graph, GraphNode, reach, weights_of
+from sae_italian.circuits.graph import ROWS_AT_ONCE, Graph, Nodes, influence, joined, nodes_of
 from sae_italian.circuits.linear import Linear, Targets
-from sae_italian.models.activations import check_context
+from sae_italian.models.activations import check_context, read_many
 from sae_italian.saes.fit import decoded
 
 COVERED = 0.95  # probability that the logit nodes hold together
@@ -65,64 +65,72 @@ class Prompt:
     def __init__(self, model: Any, transcoders: Sequence[Any], text: str):
         """Raises: UsageError for a prompt of one token or beyond the model's context, and as `layers_of`."""
         self.model, self.text, self.by_layer = model, text, layers_of(transcoders, model)
+        self.hooks = {layer: sae.cfg.metadata.hook_name for layer, sae in self.by_layer.items()}
         self.tokens: Int[Tensor, "1 pos"] = model.tokenizer(text, return_tensors="pt").input_ids.to(model.device)
         self.silent = special(self.tokens, model.tokenizer)[0]
         if int((~self.silent).sum()) < 2:
             raise UsageError(f"{text!r} has fewer than two tokens, so nothing leads to any. Give a longer prompt.")
         check_context(self.tokens.shape[1], model.config)
 
+    def read(self) -> dict[int, Float[Tensor, "pos d"]]:
+        """Return by layer what its transcoder reads, nothing frozen."""
+        found = read_many(self.model, self.tokens, [*self.hooks.values()]) if self.hooks else {}
+        return {layer: found[hook][0] for layer, hook in self.hooks.items()}
+
     def frozen(self, n_tokens: int | None = None, **more: Any) -> Linear:
         """Return the linear pass of the prompt, or of its beginning; `more` as `Linear`, and what it raises."""
-        hooks = {layer: sae.cfg.metadata.hook_name for layer, sae in self.by_layer.items()}
         skips = {layer: sae.W_skip for layer, sae in self.by_layer.items() if getattr(sae, "W_skip", None) is not None}
-        return Linear(self.model, self.tokens[:, :n_tokens], hooks, skips=skips, **more)
+        return Linear(self.model, self.tokens[:, :n_tokens], self.hooks, skips=skips, **more)
 
     @torch.no_grad()
-    def targets(self, nodes: Sequence[GraphNode], against: int | None = None) -> list[Targets]:
+    def targets(self, nodes: Nodes, against: int | None = None) -> list[Targets]:
         """Return what the rows of latents and logits are about, layer by layer, in which order the nodes must stand."""
         found, unembedding = [], self.model.get_output_embeddings().weight
-        for layer, some in ((layer, list(some)) for layer, some in groupby(nodes, lambda node: node.layer)):
-            index = torch.tensor([node.index for node in some], device=self.tokens.device)
-            if some[0].kind == "logit":
+        for layer in np.unique(nodes.layer).tolist():
+            some = nodes[nodes.layer == layer]
+            index = some.index.tolist()
+            if some.kind[0] == "logit":
                 vectors = unembedding[index] - (unembedding.mean(0) if against is None else unembedding[against])
             else:
-                sae = self.by_layer[layer]
-                vectors = sae.W_enc[:, index].T.to(unembedding)
-            found.append(Targets(layer, torch.tensor([node.position for node in some]), vectors))
+                vectors = self.by_layer[layer].W_enc[:, index].T.to(unembedding)
+            found.append(Targets(layer, torch.tensor(some.position.tolist()), vectors))
         return found
 
-    def write(self, node: GraphNode) -> Float[Tensor, " d_model"]:
-        """Return what a latent writes at its position."""
-        return node.value * written_directions(self.by_layer[node.layer], [node.index])[0]
+    def writes(self, nodes: Nodes) -> Float[Tensor, "n d_model"]:
+        """Return what each latent writes at its position."""
+        found = torch.zeros(len(nodes), self.model.config.hidden_size, dtype=self.model.dtype, device=self.model.device)
+        for layer in np.unique(nodes.layer).tolist():
+            own = np.flatnonzero(nodes.layer == layer)
+            value = torch.tensor(nodes.value[own].tolist())[:, None].to(found)
+            found[own] = value * written_directions(self.by_layer[layer], nodes.index[own].tolist()).to(found)
+        return found
 
 
 @torch.no_grad()
-def _take_apart(
-    sae: Any, layer: int, read: Tensor, written: Tensor, texts: list[str], silent: Tensor
-) -> tuple[list[GraphNode], Float[Tensor, "n d_model"]]:
+def _take_apart(prompt: Prompt, layer: int, read: Tensor, written: Tensor) -> tuple[Nodes, Float[Tensor, "n d_model"]]:
     """Return the nodes of an MLP's output, position by position, and what each wrote: latents + bias + error.
 
     At special tokens, where no transcoder is applied, all is bias.
     """
+    sae, live = prompt.by_layer.get(layer), (~prompt.silent)[:, None].to(written)
     told = skipped = constant = torch.zeros_like(written)
-    nodes, vectors, live = [], written[:0], (~silent)[:, None].to(written)
+    nodes = [nodes_of(kind, layer, range(len(written))) for kind in ("error", "bias")]
+    vectors = written[:0]
     if sae is not None:
         z = codes(sae, read).to(written)
-        z[silent] = 0
-        position, latent = (part.tolist() for part in z.nonzero(as_tuple=True))
+        z[prompt.silent] = 0
+        position, latent = z.nonzero(as_tuple=True)
         value = z[position, latent]
-        unique, where = np.unique(latent, return_inverse=True)
-        vectors = written_directions(sae, unique.tolist()).to(written)[where] * value[:, None]
-        found = zip(position, latent, value.tolist(), strict=True)
-        nodes = [GraphNode("latent", layer, at, index, each, texts[at]) for at, index, each in found]
+        unique, where = latent.unique(return_inverse=True)
+        vectors = written_directions(sae, unique).to(written)[where] * value[:, None]
+        nodes.insert(0, nodes_of("latent", layer, *(part.tolist() for part in (position, latent, value))))
         constant = sae.decode(torch.zeros_like(z[:1], dtype=sae.dtype)).to(written)
         told = decoded(sae, z.to(sae.dtype), read.to(sae.dtype)).to(written)
         skipped = told - sae.decode(z.to(sae.dtype)).to(written)  # by a skip: neither latent nor error
-    nodes += [GraphNode(kind, layer, at, text=text) for kind in ("error", "bias") for at, text in enumerate(texts)]
     bias = (written - skipped) * (1 - live) + constant * live
-    vectors = torch.cat([vectors, (written - told) * live, bias])
-    order = sorted(range(len(nodes)), key=lambda i: nodes[i].position)
-    return [nodes[i] for i in order], vectors[order]
+    found = joined(nodes)
+    order = np.argsort(found.position, kind="stable")
+    return found[order], torch.cat([vectors, (written - told) * live, bias])[order]
 
 
 class _Rows:
@@ -135,28 +143,24 @@ class _Rows:
         self.prompt, self.against, n_pos = prompt, against, prompt.tokens.shape[1]
         most = NUMBERS // (n_pos * prompt.model.config.hidden_size)
         self.batch = min(batch or max(BATCH, most), MOST_BATCH)
-        self.linear = cache(partial(prompt.frozen, batch=self.batch))  # by the number of tokens
+        self.linear = cache(prompt.frozen)  # by the number of tokens
         step = max(SHORT, -(-n_pos // LENGTHS))
         self.ends = [*range(step, n_pos, step), n_pos]
         whole, self.texts = self.linear(n_pos), token_text(prompt.model.tokenizer, prompt.tokens[0].tolist())
-        self.reads = {layer: read[:1].detach() for layer, read in whole.reads.items()}
-        inputs = [GraphNode("embedding", -1, at, text=text) for at, text in enumerate(self.texts)]
-        sources = [(inputs, whole.leaves[0][0].detach())]
+        self.reads = {layer: read.detach() for layer, read in whole.reads.items()}
+        sources = [(nodes_of("embedding", -1, range(n_pos)), whole.leaves[0][0].detach())]
         for layer, written in sorted(whole.written.items()):
             read = self.reads[layer][0] if layer in prompt.by_layer else written[0]
-            sae = prompt.by_layer.get(layer)
-            sources.append(_take_apart(sae, layer, read, written[0], self.texts, prompt.silent))
-        self.nodes = [node for nodes, _ in sources for node in nodes]
+            sources.append(_take_apart(prompt, layer, read, written[0]))
         self.vectors = [vectors for _, vectors in sources]
-        counts = (np.bincount([node.position for node in nodes]).tolist() for nodes, _ in sources)
-        self.parts = [vectors.split(each) for vectors, each in zip(self.vectors, counts, strict=True)]
-        self.layer = np.array([node.layer if node.kind == "latent" else -1 for node in self.nodes], dtype=np.int64)
-        self.decided = np.array([node.kind != "bias" for node in self.nodes])
+        self.parts = [vectors.split(np.bincount(nodes.position).tolist()) for nodes, vectors in sources]
+        self.nodes = joined([nodes for nodes, _ in sources])
+        self.nodes.text[:] = np.array(self.texts, dtype=object)[self.nodes.position]
 
-    def __call__(self, nodes: Sequence[GraphNode], out: Float[np.ndarray, "targets sources"]) -> None:
+    def __call__(self, nodes: Nodes, out: Float[np.ndarray, "targets sources"]) -> None:
         """Write the rows of nodes, which stand by layer; what no target reads is 0."""
         out[:] = 0  # an interrupted run may have left rows of others there
-        end, at = next(end for end in self.ends if end > max(node.position for node in nodes)), 0
+        end, at = next(end for end in self.ends if end > nodes.position.max()), 0
         gradients = self.linear(end).gradients(self.prompt.targets(nodes, self.against))
         for parts, vectors, gradient in zip(self.parts, self.vectors, gradients, strict=True):
             if gradient is not None:
@@ -164,10 +168,6 @@ class _Rows:
                 told = torch.cat([of @ part.T for of, part in by_position], dim=1)
                 out[:, at : at + told.shape[1]] = _array(told)
             at += len(vectors)
-
-    def values(self, nodes: Sequence[GraphNode]) -> list[float]:
-        """Return what the rows of nodes, which stand by layer, add up to."""
-        return [value for each in self.prompt.targets(nodes, self.against) for value in each.of(self.reads).tolist()]
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -197,16 +197,18 @@ def attribute(
     Raises: UsageError for more active latents than the memory holds, and as `Prompt` and `Linear`.
     """
     rows, n_layers = _Rows(Prompt(model, transcoders, prompt), batch, against), model.config.num_hidden_layers
-    targets = _logit_nodes(model, rows.reads[n_layers][0], logits, against)
-    most = min(max_nodes, n_active := int((rows.layer >= 0).sum()))
-    shape = (most + len(targets), len(rows.nodes) + n_layers + 1 + len(targets))
+    final = rows.reads[n_layers]
+    ends = _logit_nodes(model, final[0], logits, against)
+    nodes = joined([rows.nodes, nodes_of("rest", range(n_layers)), nodes_of("constant"), ends])
+    n_active = int((nodes.kind == "latent").sum())
+    most = min(max_nodes, n_active)
+    shape = (most + len(ends), len(nodes))
     _check_memory(shape, rows.vectors[0].element_size(), n_active, most, memory)
-    told = [rows.reads[n_layers], *rows.vectors]
-    with _kept(resume, shape, most, told, (*(node.index for node in targets), against)) as kept:
-        _visit(rows, targets, most, kept)
-        found = _assembled(rows, targets, kept)
     name = str(getattr(model, "loaded_from", {}).get("name") or model.config._name_or_path)
-    return Graph(prompt, name, tuple(rows.texts), n_layers, *found, n_active, against)
+    nothing = np.zeros(0, dtype=np.int64)
+    graph = Graph(prompt, name, tuple(rows.texts), n_layers, nodes, nothing, nothing, nothing, n_active, against)
+    with _kept(resume, shape, most, [final, *rows.vectors], (*ends.index.tolist(), against)) as kept:
+        return _whole(_visited(graph, rows, *kept), rows)
 
 
 def _check_memory(shape: tuple[int, int], size: int, n_active: int, most: int, memory: float | None) -> None:
@@ -231,7 +233,7 @@ def _check_memory(shape: tuple[int, int], size: int, n_active: int, most: int, m
 
 def _logit_nodes(
     model: Any, final: Float[Tensor, "pos d_model"], wanted: Sequence[int] | None, against: int | None
-) -> list[GraphNode]:
+) -> Nodes:
     """Return the logits that are explained, the wanted ones or the likeliest."""
     with torch.no_grad():
         logits = model.get_output_embeddings()(final[-1])
@@ -241,113 +243,107 @@ def _logit_nodes(
     ids = likeliest[: int((top.cumsum(0) < COVERED).sum()) + 1].tolist() if wanted is None else list(wanted)
     if unknown := [i for i in (*ids, against or 0) if not 0 <= i < len(probability)]:
         raise UsageError(f"token {unknown[0]} does not exist; the model has tokens 0 to {len(probability) - 1}.")
-    if against is not None and against in ids:
-        told = token_text(model.tokenizer, [against])[0].strip()
-        raise UsageError(f"the token {told!r} is explained less itself, which leaves nothing. Give another against it.")
     texts = token_text(model.tokenizer, ids)
     if against is not None:
-        texts = [f"{text} − {token_text(model.tokenizer, [against])[0].strip()}" for text in texts]
+        other = token_text(model.tokenizer, [against])[0].strip()
+        if against in ids:
+            raise UsageError(
+                f"the token {other!r} is explained less itself, which leaves nothing. Give another against it."
+            )
+        texts = [f"{text} − {other}" for text in texts]
     place = model.config.num_hidden_layers, len(final) - 1
-    found = zip(ids, probability[ids].tolist(), texts, strict=True)
-    return [GraphNode("logit", *place, *each) for each in found]
+    return nodes_of("logit", *place, ids, probability[ids].tolist(), texts)
 
 
-class _Kept(NamedTuple):
-    """Rows that are known: of the latents in the order in which they were visited, and at the end of the logits."""
-
-    rows: Float[np.ndarray, "rows sources"]
-    visited: list[int]
-    planned: list[int]  # chosen by the last look, and not visited yet
-    save: Callable[[], None]
+# Rows of the latents that are known, and behind them those of the logits; what is told of them; and what keeps both.
+_Kept = tuple[Float[np.ndarray, "rows nodes"], dict[str, Any], Callable[[], None]]
 
 
 @contextmanager
 def _kept(
     folder: Path | None, shape: tuple[int, int], n_latents: int, tensors: Sequence[Tensor], asked: Sequence[Any]
 ) -> Iterator[_Kept]:
-    """Yield room for rows, with those that an interrupted run of the same work left in the folder; removed once whole."""
-    kind = _array(tensors[0][:0]).dtype
+    """Yield room for rows, with those that an interrupted run of the same work left in the folder; removed once whole.
+
+    Told are the nodes that were `visited`, in the order of the rows, and those `planned` by the last look.
+    """
+    kind, state = _array(tensors[0][:0]).dtype, {"visited": [], "planned": []}
     if folder is None:
-        yield _Kept(np.zeros(shape, dtype=kind), [], [], lambda: None)
+        yield np.zeros(shape, dtype=kind), state, lambda: None
         return
     folder.mkdir(parents=True, exist_ok=True)
-    digest = sha256(repr((shape, *asked)).encode())
+    digest = sha256(repr(("from the end", shape, *asked)).encode())
     for tensor in tensors:
         digest.update(_array(tensor).tobytes())
     told, file, key = folder / "visited.json", folder / "rows.partial", digest.hexdigest()
     before = read_json(told) if told.is_file() and file.is_file() else {}
     goes_on = before.get("key") == key and file.stat().st_size == np.prod(shape) * kind.itemsize
     rows = np.memmap(file, dtype=kind, mode="r+" if goes_on else "w+", shape=shape)
-    visited, planned = (list(before.get(name, ())) if goes_on else [] for name in ("visited", "planned"))
+    state |= before if goes_on else {"key": key}
 
     def save() -> None:
         rows.flush()
-        write_json(told, {"key": key, "visited": visited, "planned": planned})
+        write_json(told, state)
 
-    yield _Kept(rows, visited, planned, save)
-    if len(visited) == n_latents:  # else the time was over, and the same command goes on
+    yield rows, state, save
+    if len(state["visited"]) == n_latents:  # else the time was over, and the same command goes on
         told.unlink(missing_ok=True)
         file.unlink()
 
 
-def _visit(rows: _Rows, logits: Sequence[GraphNode], most: int, kept: _Kept) -> None:
-    """Find the rows of the logits and of `most` latents.
+def _visited(
+    graph: Graph, rows: _Rows, weights: np.ndarray, state: dict[str, list[int]], save: Callable[[], None]
+) -> Graph:
+    """Return the graph with the rows of its logits and of as many latents as there is room, or time, for.
 
     Where not all can be visited, or not in time, the most influential of what is known are next. What a look chooses goes by
     layer and position, so that a batch's backward pass begins no higher, and ends no later in the prompt, than it must.
+    The last of it is first, as rows are filled upwards from those of the logits.
     """
-    n, batch, weight = len(logits), rows.batch, weights_of([node.value for node in logits])
-    visited, planned, over = kept.visited, kept.planned, False
-    edges = kept.rows[:, : len(rows.nodes)]
-    for at in range(0, 0 if visited else n, batch):
-        rows(logits[at : at + batch], edges[most + at : most + min(at + batch, n)])
+    visited, planned, logits = state["visited"], state["planned"], np.flatnonzero(graph.of_kind("logit"))
+    most, batch, over = len(weights) - len(logits), rows.batch, False
+
+    def known() -> Graph:
+        targets = np.array([*visited, *logits])
+        return replace(graph, targets=targets, weights=weights[most - len(visited) :])
+
+    for at in range(0, 0 if visited else len(logits), batch):
+        rows(graph.nodes[logits[at : at + batch]], weights[most + at :][:batch])
     pace = Pace("edges", most, "latent")
     with pace.bar:
         pace.skip(len(visited))
         while len(visited) < most and not over:
             if not planned:
-                left = np.setdiff1d(np.flatnonzero(rows.layer >= 0), visited)
+                left = np.setdiff1d(graph.latents, visited)
                 wanted = min(most - len(visited), batch * max(FIRST_LOOK, len(visited) // (GROWTH * batch)))
-                if len(visited) + len(left) > most or pace.work.ends < np.inf:
-                    known, targets = np.r_[: len(visited), most : most + n], [*visited, *[len(rows.nodes)] * n]
-                    layer = np.array([*rows.layer[visited], *(node.layer for node in logits)])
-                    weights = np.r_[np.zeros(len(visited)), weight]
-                    reached = reach(edges, known, np.array(targets), layer, weights, rows.decided)
-                    left = np.sort(left[np.argsort(-reached[left], kind="stable")[:wanted]])
-                planned += left[:wanted].tolist()
-            while planned and not over:
-                chosen = planned[:batch]
-                rows([rows.nodes[i] for i in chosen], edges[len(visited) : len(visited) + len(chosen)])
-                visited += chosen
-                del planned[:batch]
-                over = pace.step(len(chosen))
-            kept.save()
+                if most < graph.n_active or is_bounded():
+                    left = np.sort(left[np.argsort(-influence(known())[left], kind="stable")[:wanted]])
+                planned += left[-wanted:].tolist()
+            chosen, at = planned[-batch:], most - len(visited)
+            rows(graph.nodes[chosen], weights[at - len(chosen) : at])
+            visited[:0], planned[-batch:] = chosen, []
+            over = pace.step(len(chosen))
+            if over or not planned:
+                save()
+    return known()
 
 
-def _assembled(
-    rows: _Rows, logits: Sequence[GraphNode], kept: _Kept
-) -> tuple[tuple[GraphNode, ...], np.ndarray, np.ndarray, np.ndarray]:
-    """Return a graph's nodes, targets, weights and own, in the order of the sources; the rest, the constant, logits last.
+def _whole(graph: Graph, rows: _Rows) -> Graph:
+    """Return the graph of those latents that have a row, in the order of its nodes; the others are the rest of their layer.
 
-    What was not visited is booked as the rest of its layer. Where all was, the rows themselves are the weights.
+    Where all have one, the rows themselves are the weights. The constant is what the biases of attention and norms add.
     """
-    n, n_layers, weights = len(logits), len(rows.vectors) - 1, kept.rows
-    visited, n_known = np.array(kept.visited, dtype=np.int64), len(kept.visited) + n
-    left = np.setdiff1d(np.flatnonzero(rows.layer >= 0), visited)
-    chosen = np.setdiff1d(np.arange(len(rows.nodes)), left)
+    order, left, weights = np.argsort(graph.targets), np.setdiff1d(graph.latents, graph.targets), graph.weights
+    chosen = np.setdiff1d(np.arange(len(graph.nodes)), left)
     if len(left) or isinstance(weights, np.memmap):
-        weights = np.zeros((n_known, len(chosen) + n_layers + 1 + n), dtype=weights.dtype)
-        of_layer = (rows.layer[left, None] == np.arange(n_layers)).astype(weights.dtype)
-        in_order = np.concatenate([np.argsort(visited), np.arange(len(kept.rows) - n, len(kept.rows))])
-        for at in range(0, len(weights), ROWS_AT_ONCE):
-            told, some = kept.rows[in_order[at : at + ROWS_AT_ONCE]], weights[at : at + ROWS_AT_ONCE]
-            some[:, : len(chosen)] = told[:, chosen]
-            some[:, len(chosen) : len(chosen) + n_layers] = told[:, left] @ of_layer
-    latents = [rows.nodes[i] for i in np.sort(visited).tolist()]
-    own = np.array([*rows.values(latents), *rows.values(logits)])
-    # what the biases of attention and norms add; zero where there are none
-    weights[:, len(chosen) + n_layers] = own - weights.sum(axis=1, dtype=np.float64)
-    rest = [GraphNode("rest", layer) for layer in range(n_layers)]
-    found = (*(rows.nodes[i] for i in chosen.tolist()), *rest, GraphNode("constant"), *logits)
-    targets = np.concatenate([np.flatnonzero(rows.layer[chosen] >= 0), np.arange(len(found) - n, len(found))])
-    return found, targets, weights, own
+        weights, rest = np.empty((len(order), len(chosen)), dtype=weights.dtype), np.flatnonzero(graph.of_kind("rest"))
+        of_layer = (graph.nodes.layer[left, None] == np.arange(graph.n_layers)).astype(weights.dtype)
+        for at in range(0, len(order), ROWS_AT_ONCE):
+            told = graph.weights[order[at : at + ROWS_AT_ONCE]]
+            told[:, rest] = told[:, left] @ of_layer
+            weights[at : at + ROWS_AT_ONCE] = told[:, chosen]
+    nodes, targets = graph.nodes[chosen], np.searchsorted(chosen, graph.targets[order])
+    values = [each.of(rows.reads) for each in rows.prompt.targets(nodes[targets], rows.against)]
+    own = _array(torch.cat(values)).astype(np.float64)
+    weights[:, nodes.kind == "constant"] = (own - weights.sum(axis=1, dtype=np.float64))[:, None]
+    return replace(graph, nodes=nodes, targets=targets, weights=weights, own=own)

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -28,28 +28,39 @@ from sae_italian.base.storage import read_json, understood, write_json
 NODE_SHARE, EDGE_SHARE = 0.8, 0.98  # of all influence, kept when a graph is pruned
 ROWS_AT_ONCE = 256  # of the edges that are weighed together, so that no copy of all is made
 UNEXPECTED = 1e-4  # probability of all logits, below which the model does not expect them
+# Columns of the nodes: `index` is of the latent, or the id of the token; `value` a latent's activation, a logit's probability;
+# `text` a token. What a kind does not have is -1, 0 or empty.
+NODE = np.dtype(
+    [("kind", "U9"), ("layer", "i8"), ("position", "i8"), ("index", "i8"), ("value", "f8"), ("text", object)]
+)
+Nodes = Any  # an np.recarray of these columns, of which pyright knows none
 
 
-class GraphNode(NamedTuple):
-    """A node; fields that its kind does not have are -1, 0 or empty."""
+def nodes_of(
+    kind: str, layer: Any = -1, position: Any = -1, index: Any = -1, value: Any = 0.0, text: Any = ""
+) -> Nodes:
+    """Return nodes of one kind from columns; a column may be one value for all of them."""
+    columns = np.broadcast_arrays([kind], layer, position, index, value, np.array(text, dtype=object))
+    return np.rec.fromarrays(columns, dtype=NODE)
 
-    kind: str
-    layer: int = -1
-    position: int = -1
-    index: int = -1  # of the latent, or the id of the token
-    value: float = 0.0  # a latent's activation, a logit's probability
-    text: str = ""  # a token
+
+def joined(parts: Sequence[Nodes]) -> Nodes:
+    """Return the nodes of all parts, one after the other."""
+    return np.concatenate(parts).view(np.recarray)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A prompt's nodes and the edges between them; `weights[t, s]` is what source s adds to target t."""
+    """A prompt's nodes and the edges between them; `weights[t, s]` is what source s adds to target t.
+
+    Of the nodes a column is `nodes.layer`, one node `nodes[i]`, with the same names.
+    """
 
     prompt: str
     model: str
     tokens: tuple[str, ...]
     n_layers: int
-    nodes: tuple[GraphNode, ...]
+    nodes: Nodes
     targets: Int[np.ndarray, " rows"]  # the node of each row: latents in the order of nodes, then logits
     weights: Float[np.ndarray, "rows nodes"]
     own: Float[np.ndarray, " rows"]  # each target's value without its own bias: what its row adds up to
@@ -58,14 +69,19 @@ class Graph:
 
     def of_kind(self, *kinds: str) -> np.ndarray:
         """Return which nodes are of these kinds."""
-        return np.array([node.kind in kinds for node in self.nodes])
+        return np.isin(self.nodes.kind, kinds)
 
-    def among(self, which: np.ndarray) -> Float[np.ndarray, "some some"]:
-        """Return the edges among some of the nodes (a mask), zero rows for those that are sources only."""
-        found = np.zeros((which.sum(), which.sum()))
-        rows = np.isin(np.flatnonzero(which), self.targets)
-        found[rows] = self.weights[np.ix_(which[self.targets], which)]
-        return found
+    def only(self, which: np.ndarray) -> Graph:
+        """Return the graph of some of the nodes (a mask), its edges a copy in float64."""
+        rows, number = which[self.targets], np.cumsum(which) - 1
+        weights = self.weights[np.ix_(rows, which)].astype(np.float64)
+        some = {"nodes": self.nodes[which], "targets": number[self.targets[rows]], "own": self.own[rows]}
+        return replace(self, weights=weights, **some)
+
+    def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return target, source and weight of every edge that is not 0."""
+        row, source = self.weights.nonzero()
+        return self.targets[row], source, self.weights[row, source]
 
     @cached_property
     def latents(self) -> Int[np.ndarray, " latents"]:
@@ -92,7 +108,7 @@ class Graph:
         folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(folder / "graph.npz", targets=self.targets, weights=self.weights, own=self.own)
         told = {name: getattr(self, name) for name in ("prompt", "model", "tokens", "n_layers", "n_active", "against")}
-        write_json(folder / "graph.json", {"kind": "graph", **told, "nodes": [list(node) for node in self.nodes]})
+        write_json(folder / "graph.json", {"kind": "graph", **told, "nodes": self.nodes.tolist()})
 
     @classmethod
     def load(cls, folder: Path) -> Graph:
@@ -101,7 +117,8 @@ class Graph:
             told = read_json(folder / "graph.json")
             arrays = np.load(folder / "graph.npz", allow_pickle=False)
             del told["kind"]
-            told |= {"tokens": tuple(told["tokens"]), "nodes": tuple(GraphNode(*node) for node in told["nodes"])}
+            told["tokens"] = tuple(told["tokens"])
+            told["nodes"] = np.array([tuple(node) for node in told["nodes"]], dtype=NODE).view(np.recarray)
             return cls(**told, **{name: arrays[name] for name in ("targets", "weights", "own")})
 
 
@@ -116,48 +133,28 @@ class GraphScores(NamedTuple):
     visited: float  # share of the active latents that are nodes
 
 
-def weights_of(probabilities: Sequence[float]) -> Float[np.ndarray, " logits"]:
-    """Return the weight of each logit, its probability; the same for all, 1 together, where the model expects none."""
-    p = np.array(probabilities, dtype=np.float64)
-    return p if p.sum() > UNEXPECTED else np.full(len(p), 1 / max(len(p), 1))
-
-
 def _importance(graph: Graph) -> Float[np.ndarray, " nodes"]:
-    found, logit = np.zeros(len(graph.nodes)), graph.of_kind("logit")
-    found[logit] = weights_of([node.value for node in graph.nodes if node.kind == "logit"])
-    return found
+    """Return the weight of each logit, its probability; the same for all, 1 together, where the model expects none."""
+    logit = graph.of_kind("logit")
+    found = np.where(logit, graph.nodes.value, 0.0)
+    return found if found.sum() > UNEXPECTED else logit / max(logit.sum(), 1)
 
 
 def influence(graph: Graph) -> Float[np.ndarray, " nodes"]:
     """Return each node's share in the logits through all paths: w N + w N^2 + ..., w the logits' probabilities.
 
-    N is |A| by rows, without the nodes that no input decides (bias and constant).
+    N is |A| by rows, without the nodes that no input decides (bias and constant). Each target passes on what it has, in the
+    shares of its edges. One pass is enough, layer by layer downwards: a latent writes to later layers alone, so what
+    reaches it is known when its turn comes. Targets may be in any order, and some may be missing.
     """
-    layer = np.array([node.layer for node in graph.nodes])[graph.targets]
-    every, own = np.arange(len(graph.weights)), _importance(graph)[graph.targets]
-    return reach(graph.weights, every, graph.targets, layer, own, graph.decided)
-
-
-def reach(
-    rows: Float[np.ndarray, "all nodes"],
-    known: Int[np.ndarray, " rows"],
-    targets: Int[np.ndarray, " rows"],
-    layer: Int[np.ndarray, " rows"],
-    own: Float[np.ndarray, " rows"],
-    counted: np.ndarray,
-) -> Float[np.ndarray, " nodes"]:
-    """Return what reaches each node from the known rows' own weight: each passes on what it has, in the shares of its edges.
-
-    One pass is enough, layer by layer downwards: a latent writes to later layers alone, so what reaches it is known when
-    its turn comes. A target may stand behind the last node: nothing reaches it. Only `counted` nodes get a share.
-    """
-    found = np.zeros(rows.shape[1] + 1)
+    found, own = np.zeros(len(graph.nodes)), _importance(graph)
+    layer = graph.nodes.layer[graph.targets]
     for place in (np.flatnonzero(layer == each) for each in np.unique(layer)[::-1]):
         for some in np.split(place, range(ROWS_AT_ONCE, len(place), ROWS_AT_ONCE)):
-            size = np.abs(rows[known[some]]) * counted
-            share = (own[some] + found[targets[some]]) / np.maximum(size.sum(axis=1), 1e-10)
-            found[:-1] += share.astype(rows.dtype) @ size
-    return found[:-1]
+            size = np.abs(graph.weights[some]) * graph.decided
+            share = (own + found)[graph.targets[some]] / np.maximum(size.sum(axis=1), 1e-10)
+            found += share.astype(size.dtype) @ size
+    return found
 
 
 def scores(graph: Graph) -> GraphScores:
@@ -168,38 +165,33 @@ def scores(graph: Graph) -> GraphScores:
     total, lost = received.reshape(-1, 2).astype(np.float64).T
     weight = (found + _importance(graph))[graph.targets] * (total > 0)
     complete = (weight * (1 - lost / np.maximum(total, 1e-10))).sum() / max(weight.sum(), 1e-10)
-    n_latents = int(graph.of_kind("latent").sum())
-    return GraphScores(tokens / max(tokens + errors, 1e-10), float(complete), n_latents / max(graph.n_active, 1))
+    return GraphScores(
+        tokens / max(tokens + errors, 1e-10), float(complete), len(graph.latents) / max(graph.n_active, 1)
+    )
 
 
-def prune(
-    graph: Graph, node_share: float = NODE_SHARE, edge_share: float = EDGE_SHARE
-) -> tuple[np.ndarray, Float[np.ndarray, "kept kept"]]:
-    """Return which nodes stay, and the edges among these that do (others 0).
+def prune(graph: Graph, node_share: float = NODE_SHARE, edge_share: float = EDGE_SHARE) -> tuple[np.ndarray, Graph]:
+    """Return which nodes stay, and the graph of these with the edges that do (others 0).
 
     The most influential latents and errors stay until they hold `node_share` of all influence, input tokens and logits
     always; then edges, by share of their target's influence, until `edge_share`. A latent left without an edge in or out
     goes, and an error without an edge out.
     """
-    found, always = influence(graph), graph.of_kind("embedding", "logit")
-    keep = (_largest(found, node_share) | always) & graph.decided
-    square, weight = graph.among(keep), _importance(graph)[keep]
-    flow = np.abs(square) / np.maximum(np.abs(square).sum(axis=1, keepdims=True), 1e-10)
-    layer = np.array([node.layer for node in graph.nodes])[keep]
-    every = np.arange(len(square))
-    reached = weight + reach(square, every, every, layer, weight, np.ones(len(square)))
-    edges = flow * reached[:, None]
-    square[~_largest(edges.ravel(), edge_share).reshape(edges.shape)] = 0
-    latent, error = (graph.of_kind(*kinds)[keep] for kinds in (("latent",), ("error", "rest")))
-    stays = np.ones(len(square), dtype=bool)
+    keep = (_largest(influence(graph), node_share) | graph.of_kind("embedding", "logit")) & graph.decided
+    small = graph.only(keep)
+    weights, size, reached = small.weights, np.abs(small.weights), influence(small) + _importance(small)
+    edges = size / np.maximum(size.sum(axis=1, keepdims=True), 1e-10) * reached[small.targets, None]
+    weights[~_largest(edges.ravel(), edge_share).reshape(edges.shape)] = 0
+    latent, error = small.of_kind("latent"), small.of_kind("error", "rest")
+    stays, fed = np.ones(len(latent), dtype=bool), np.zeros(len(latent), dtype=bool)
     while True:
-        goes_in, goes_out = square.any(axis=1), square.any(axis=0)
-        lost = stays & ((latent & ~(goes_in & goes_out)) | (error & ~goes_out))
+        fed[small.targets] = weights.any(axis=1)
+        lost = stays & ((latent & ~fed) | ((latent | error) & ~weights.any(axis=0)))
         if not lost.any():
             keep[keep] = stays
-            return keep, square[np.ix_(stays, stays)]
+            return keep, small.only(stays)
         stays &= ~lost
-        square[lost], square[:, lost] = 0, 0
+        weights[lost[small.targets]], weights[:, lost] = 0, 0
 
 
 def _largest(values: Float[np.ndarray, " n"], share: float) -> np.ndarray:

@@ -25,7 +25,7 @@ from sae_italian.models.activations import centred, gain_and_bias, replaced, res
 from sae_italian.models.hooks import adapter_of
 
 FROZEN = "sae_italian_frozen"  # the name under which transformers knows the attention that is frozen
-Writes = Float[Tensor, "batch pos d_model"]
+Writes = Float[Tensor, "1 pos d_model"]
 
 
 class Targets(NamedTuple):
@@ -35,13 +35,13 @@ class Targets(NamedTuple):
     positions: Int[Tensor, " n"]
     vectors: Float[Tensor, "n d"]
 
-    def of(self, reads: Mapping[int, Float[Tensor, "batch pos d"]]) -> Float[Tensor, " n"]:
+    def of(self, reads: Mapping[int, Float[Tensor, "1 pos d"]]) -> Float[Tensor, " n"]:
         """Return the targets' values on what is read."""
         return (reads[self.layer][0, self.positions] * self.vectors).sum(-1)
 
 
 class Linear:
-    """A prompt repeated `batch` times, run with all that is not linear frozen; leaves and reads share one graph of gradients."""
+    """A prompt run with all that is not linear frozen; leaves and reads share one graph of gradients."""
 
     def __init__(
         self,
@@ -49,7 +49,6 @@ class Linear:
         tokens: Int[Tensor, "1 pos"],
         hooks: Mapping[int, str],
         *,
-        batch: int = 1,
         skips: Mapping[int, Tensor] | None = None,
         before: Linear | None = None,
         added: Mapping[int, Float[Tensor, "pos d_model"]] | None = None,
@@ -84,20 +83,22 @@ class Linear:
                 stack.enter_context(replaced(model, f"blocks.{layer}.mlp.hook_in", read))
                 stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(self._write, layer)))
             with torch.enable_grad():  # all but the unembedding, of which nothing is needed
-                final = model.base_model(tokens.expand(batch, -1), use_cache=False).last_hidden_state
+                final = model.base_model(tokens, use_cache=False).last_hidden_state
         self.reads[n_layers] = final
 
-    def gradients(self, targets: Sequence[Targets]) -> list[Writes | None]:
+    def gradients(self, targets: Sequence[Targets]) -> list[Float[Tensor, "targets pos d_model"] | None]:
         """Return the gradient of each target, a row each, at every leaf; None where no target looks back so far.
 
-        At most `batch` targets at a time, those of a layer together.
+        All go back in one pass (`is_grads_batched`); those of a layer stand together.
         """
-        outputs, given, row = [self.reads[each.layer] for each in targets], [], 0
+        outputs = [self.reads[each.layer] for each in targets]
+        n, row, given = sum(len(each.positions) for each in targets), 0, []
         for output, each in zip(outputs, targets, strict=True):
-            given.append(torch.zeros_like(output))
-            given[-1][torch.arange(row, row := row + len(each.positions)), each.positions] = each.vectors
-        found = torch.autograd.grad(outputs, self.leaves, given, retain_graph=True, allow_unused=True)
-        return [None if gradient is None else gradient[:row] for gradient in found]
+            given.append(output.new_zeros(n, *output.shape))
+            given[-1][torch.arange(row, row := row + len(each.positions)), 0, each.positions] = each.vectors
+        how = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
+        found = torch.autograd.grad(outputs, self.leaves, given, **how)
+        return [None if gradient is None else gradient[:, 0] for gradient in found]
 
     def _first(self, x: Tensor) -> Tensor:
         more = self.added.get(-1)
@@ -108,7 +109,7 @@ class Linear:
         """Return the norm of its input with the scale a constant; the transcoder of `layer` reads it before the gain."""
         (x,), middle = args, centred(args[0], module)
         if path not in self.scales:
-            self.scales[path] = scale_of(x[:1].detach(), module)
+            self.scales[path] = scale_of(x.detach(), module)
         if layer is not None:
             self.reads[layer] = middle * self.scales[path]
         gain, bias = gain_and_bias(module, x)
@@ -117,11 +118,11 @@ class Linear:
     def _read(self, layer: int | None, x: Tensor) -> Tensor:
         if layer is not None:
             self.reads[layer] = x
-        return x[:1].detach()  # all rows are one prompt: one is enough for the MLP, and no gradient
+        return x.detach()  # the MLP itself passes no gradient
 
     def _write(self, layer: int, out: Tensor) -> Tensor:
         written, skip = self.written.setdefault(layer, out.detach()), 0.0
-        self.leaves.append((torch.zeros_like(self.leaves[0]) + self.added.get(layer, 0.0)).requires_grad_())
+        self.leaves.append((torch.zeros_like(out) + self.added.get(layer, 0.0)).detach().requires_grad_())
         if layer in self.skips:
             passed = self.reads[layer] @ self.skips[layer].T.to(out)
             skip = passed - passed.detach()
@@ -135,9 +136,8 @@ class Linear:
         query, key, value, mask, *args = given
         if module not in self.patterns:
             names = torch.eye(value.shape[2]).to(value).expand(1, value.shape[1], -1, -1)
-            mask = mask if mask is None else mask[:1]
             with torch.no_grad():
-                self.patterns[module] = original(module, query[:1], key[:1], names, mask, *args, **more)[0][0]
+                self.patterns[module] = original(module, query, key, names, mask, *args, **more)[0][0]
         pattern = self.patterns[module].unflatten(1, (value.shape[1], -1))  # heads may share values
         return torch.einsum("qgrk,bgkd->bqgrd", pattern, value).flatten(2, 3), None
 

@@ -1,17 +1,17 @@
 """A graph for people and for other tools: a table, a picture, Neuronpedia's graph JSON."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from time import time
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from sae_italian.base.labels import Language, label
 from sae_italian.base.report import INK, OURS, REFERENCE, WARNING, svg, table
-from sae_italian.circuits.graph import EDGE_SHARE, UNEXPECTED, Graph, GraphNode, influence, prune, scores
+from sae_italian.circuits.graph import EDGE_SHARE, UNEXPECTED, Graph, influence, prune, scores
 
 Labels = Mapping[tuple[int, int], str]
 """By layer and latent what explains it."""
@@ -24,10 +24,10 @@ TYPES = {
 }
 
 
-def name_of(node: GraphNode, labels: Labels | None = None, language: Language = "en") -> str:
+def name_of(node: Any, labels: Labels | None = None, language: Language = "en") -> str:
     """Return a node in words: `L1 latent 12 on «gatto»`, with its explanation where there is one."""
     facts = {"layer": node.layer, "index": node.index, "text": node.text.strip()}
-    told = (labels or {}).get((node.layer, node.index), "") if node.kind == "latent" else ""
+    told = (labels or {}).get((node.layer, node.index), "")  # what is no latent has another layer, or index
     said = label(f"graph.{node.kind}", language).format(**facts, value=_percent(node.value, language))
     return said + (f": {told}" if told else "")
 
@@ -47,7 +47,7 @@ def sentence(
     def said(what: str, **facts: str) -> str:
         return label(f"graph.said.{what}", language).format(**facts)
 
-    logits = [node for node in graph.nodes if node.kind == "logit"]
+    logits = graph.nodes[graph.of_kind("logit")]
     expected = ", ".join(f"«{node.text.strip()}» ({_percent(node.value, language)})" for node in logits)
     end = "".join(graph.tokens[-4:]).strip()
     found = [said("expects" if graph.against is None else "against", end=end, logits=expected)]
@@ -60,7 +60,7 @@ def sentence(
         if pair:
             told = [_percent(each, language) for each in pair]
             found.append(said(what, replacement=told[0], completeness=told[1]))
-    if sum(node.value for node in logits) < UNEXPECTED:
+    if logits.value.sum() < UNEXPECTED:
         found.append(said("unexpected"))
     return " ".join(found)
 
@@ -71,7 +71,7 @@ def strongest_path(graph: Graph) -> tuple[list[int], float]:
     Each step goes to the latent or input whose edge is largest; the share is of all that some input decides.
     """
     row_of, some = graph.row_of, graph.of_kind("latent", "embedding")
-    path, share = [int(graph.targets[graph.of_kind("logit")[graph.targets]][0])], 0.0
+    path, share = np.flatnonzero(graph.of_kind("logit"))[:1].tolist(), 0.0
     while path[0] in row_of:
         edges = np.abs(graph.weights[row_of[path[0]]])
         if not (edges * some).any():
@@ -100,45 +100,43 @@ def summary(graph: Graph, labels: Labels | None = None, top: int = 10) -> str:
 
 def graph_svg(graph: Graph, most: int = 60) -> str:
     """Return a picture of what stays when the graph is pruned: tokens across, layers up, circles as large as the influence."""
-    (keep, square), reached = prune(graph), influence(graph)
-    kept = np.flatnonzero(keep)
-    order = kept[np.argsort(-np.where(graph.of_kind("logit"), np.inf, reached)[kept], kind="stable")]
-    place = _places(graph, order[: most + int(graph.of_kind("logit").sum())].tolist())
-    edges = [(*kept[list(pair)].tolist(), float(square[pair])) for pair in zip(*square.nonzero(), strict=True)]
-    edges = [edge for edge in edges if edge[0] in place and edge[1] in place]
-    colours, marks = {"latent": OURS, "logit": INK}, {"latent": "o", "logit": "D", "embedding": "s"}
+    from matplotlib.collections import LineCollection
+
+    keep, small = prune(graph)
+    logit, reached = small.of_kind("logit"), influence(graph)[keep]
+    order = np.argsort(-np.where(logit, np.inf, reached), kind="stable")
+    drawn = np.isin(np.arange(len(order)), order[: most + logit.sum()])
+    small, reached = small.only(drawn), reached[drawn]
+    nodes, place, (target, source, weight) = small.nodes, _places(small), small.edges()
+    ends: Any = np.stack([place[source], place[target]], axis=1)
+    width = 0.3 + 3 * np.abs(weight) / np.abs(weight).max(initial=1e-10)
+    looks = {"latent": ("o", OURS), "logit": ("D", INK), "embedding": ("s", REFERENCE)}
 
     def draw(axes: Any) -> None:
-        axis, largest = axes[0], max((abs(weight) for *_, weight in edges), default=1.0)
-        for target, source, weight in edges:
-            colour = OURS if weight > 0 else WARNING
-            width = 0.3 + 3 * abs(weight) / largest
-            ends = zip(place[source], place[target], strict=True)
-            axis.plot(*ends, color=colour, linewidth=width, alpha=0.35, zorder=0)
-        for i, (x, y) in place.items():
-            node, size = graph.nodes[i], 25 + 500 * reached[i] / max(reached.max(), 1e-10)
-            colour = colours.get(node.kind, REFERENCE)
-            axis.scatter([x], [y], s=size, marker=marks.get(node.kind, "X"), color=colour, zorder=1)
-            if node.kind in colours:
+        axis, size = axes[0], 25 + 500 * reached / max(reached.max(), 1e-10)
+        how = {"colors": np.where(weight > 0, OURS, WARNING), "linewidths": width, "alpha": 0.35, "zorder": 0}
+        axis.add_collection(LineCollection(ends, **how))
+        for kind in np.unique(nodes.kind):
+            some, (mark, colour) = nodes.kind == kind, looks.get(kind, ("X", REFERENCE))
+            axis.scatter(*place[some].T, s=size[some], marker=mark, color=colour, zorder=1)
+        for node, at in zip(nodes, place, strict=True):
+            if node.kind in ("latent", "logit"):
                 text = str(node.index) if node.kind == "latent" else f"«{node.text}» {node.value:.0%}"
-                axis.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", fontsize=7, ha="center")
+                axis.annotate(text, at, xytext=(0, 6), textcoords="offset points", fontsize=7, ha="center")
         axis.set_xticks(range(len(graph.tokens)), [f"«{token}»" for token in graph.tokens], rotation=45, ha="right")
-        layers = [f"layer {layer}" for layer in range(graph.n_layers)]
+        layers = (f"layer {layer}" for layer in range(graph.n_layers))
         axis.set_yticks(range(-1, graph.n_layers + 1), ["input", *layers, "next token"])
         axis.set_title("circles: latents; crosses: errors; green adds, red takes away", fontsize=8)
 
     return svg(draw, 1, (max(6.0, 0.9 * len(graph.tokens)), 1.5 + 1.1 * (graph.n_layers + 2)))
 
 
-def _places(graph: Graph, chosen: list[int]) -> dict[int, tuple[float, float]]:
+def _places(graph: Graph) -> Float[np.ndarray, "nodes 2"]:
     """Return where each node is drawn: side by side where several share a layer and a token."""
-    cells = [(graph.nodes[i].position % (len(graph.tokens) + 1), graph.nodes[i].layer) for i in chosen]
-    found, beside = {}, Counter()
-    for i, cell in zip(chosen, cells, strict=True):
-        x, y = cell[0] + 0.8 * ((beside[cell] + 0.5) / cells.count(cell) - 0.5), cell[1] + 0.12 * (beside[cell] % 3)
-        beside[cell] += 1
-        found[i] = x, y
-    return found
+    x, y = graph.nodes.position % (len(graph.tokens) + 1), graph.nodes.layer
+    cells = pd.Series(x).groupby([x, y])
+    beside, size = cells.cumcount().to_numpy(), cells.transform("size").to_numpy()
+    return np.stack([x + 0.8 * ((beside + 0.5) / size - 0.5), y + 0.12 * (beside % 3)], axis=1)
 
 
 def neuronpedia(graph: Graph, slug: str, labels: Labels | None = None, node_share: float = 0.8) -> dict[str, Any]:
@@ -146,15 +144,13 @@ def neuronpedia(graph: Graph, slug: str, labels: Labels | None = None, node_shar
 
     Node ids are our own words for errors: circuit-tracer's `0_layer_pos` is also a latent's id, and links are joined by it.
     """
-    keep, square = prune(graph, node_share)
-    cumulative = standing(influence(graph))
-    kept = np.flatnonzero(keep).tolist()
-    ids = {i: id_of(graph.nodes[i], graph.n_layers) for i in kept}
-    nodes = [_node(graph.nodes[i], ids[i], float(cumulative[i]), graph.n_layers, labels) for i in kept]
-    links = [
-        {"source": ids[kept[source]], "target": ids[kept[target]], "weight": float(square[target, source])}
-        for target, source in np.argwhere(square).tolist()
-    ]
+    keep, small = prune(graph, node_share)
+    ids = [id_of(node, graph.n_layers) for node in small.nodes]
+    cumulative = standing(influence(graph))[keep].tolist()
+    told = zip(ids, small.nodes, cumulative, strict=True)
+    nodes = [_node(id_, node, share, graph.n_layers, labels or {}) for id_, node, share in told]
+    edges = zip(*(column.tolist() for column in small.edges()), strict=True)
+    links = [{"source": ids[source], "target": ids[target], "weight": weight} for target, source, weight in edges]
     metadata = {
         "slug": re.sub(r"[^a-z0-9-]+", "-", slug.lower()).strip("-") or "graph",
         "scan": graph.model,
@@ -177,7 +173,7 @@ def standing(reached: Float[np.ndarray, " nodes"]) -> Float[np.ndarray, " nodes"
     return found
 
 
-def id_of(node: GraphNode, n_layers: int) -> str:
+def id_of(node: Any, n_layers: int) -> str:
     """Return the id of a node that Neuronpedia's JSON and the page know it by."""
     return {
         "latent": f"{node.layer}_{node.index}_{node.position}",
@@ -188,25 +184,25 @@ def id_of(node: GraphNode, n_layers: int) -> str:
     }[node.kind]
 
 
-def _node(node: GraphNode, id_: str, cumulative: float, n_layers: int, labels: Labels | None) -> dict[str, Any]:
-    logit, latent = node.kind == "logit", node.kind == "latent"
-    feature = cantor(node.layer, node.index) if latent else node.index if logit else node.position
-    token = node.text.replace('"', "'")  # the page cuts the token out between quotes
-    told = f'Output "{token}" (p={node.value:.3f})' if logit else (labels or {}).get((node.layer, node.index), "")
+def _node(id_: str, node: Any, cumulative: float, n_layers: int, labels: Labels) -> dict[str, Any]:
+    kind, layer, position, index, value, text = node.item()
+    feature = {"latent": cantor(layer, index), "logit": index, "embedding": position}
+    token = text.replace('"', "'")  # the page cuts the token out between quotes
+    says = {"latent": labels.get((layer, index), ""), "logit": f'Output "{token}" (p={value:.3f})'}
     return {
         "node_id": id_,
         "jsNodeId": f"{id_}-0",
-        "feature": -1 if node.kind in ("error", "rest") else feature,
-        "layer": "E" if node.kind == "embedding" else str(n_layers + 1 if logit else node.layer),
-        "ctx_idx": max(node.position, 0),
-        "feature_type": TYPES[node.kind],
-        "token_prob": node.value if logit else 0.0,
-        "is_target_logit": logit,
+        "feature": feature.get(kind, -1),
+        "layer": {"embedding": "E", "logit": str(n_layers + 1)}.get(kind, str(layer)),
+        "ctx_idx": max(position, 0),
+        "feature_type": TYPES[kind],
+        "token_prob": value if kind == "logit" else 0.0,
+        "is_target_logit": kind == "logit",
         "run_idx": 0,
         "reverse_ctx_idx": 0,
-        "clerp": told or (name_of(node) if not latent else ""),
-        "influence": None if logit else cumulative,
-        "activation": node.value if latent else None,
+        "clerp": says[kind] if kind in says else name_of(node),
+        "influence": None if kind == "logit" else cumulative,
+        "activation": value if kind == "latent" else None,
     }
 
 

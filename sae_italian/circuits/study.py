@@ -11,20 +11,21 @@ loses, to first order in the live model, when its activation becomes that of the
     (z' - z) W_dec . dL/d(MLP output), L = logit of the right token - logit of the wrong one
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_italian import micro_italiano
-from sae_italian.analysis.latent import codes, token_of, written_directions
+from sae_italian.analysis.latent import codes, token_of
 from sae_italian.analysis.tasks import ioi_pairs, number_pairs, words_for
 from sae_italian.analysis.treebank import encode_words, label_names, micro_treebank, read_words, with_forms
 from sae_italian.base.errors import UsageError
@@ -34,8 +35,8 @@ from sae_italian.base.statistics import Estimate, mean_interval, wilson
 from sae_italian.base.storage import read_yaml, understood
 from sae_italian.circuits.check import check, random_graph
 from sae_italian.circuits.edges import Prompt, attribute
-from sae_italian.circuits.graph import Graph, influence
-from sae_italian.models.activations import logits_at, read_many, replaced
+from sae_italian.circuits.graph import Graph, influence, scores
+from sae_italian.models.activations import logits_at, replaced
 
 # The cases, and what the grammar's latents must carry.
 CASES = {"agreement": "number", "attractor": "number", "participle": "gender", "ioi": ""}
@@ -53,13 +54,6 @@ class Case(NamedTuple):
     counterfactual: str  # "" where there is none
     right: int
     wrong: int | None  # None: the graph explains the right token alone
-
-
-class Studied(NamedTuple):
-    """One prompt: of its graph and of the random transcoders' one; NaN where it was not measured."""
-
-    prompt: str
-    numbers: tuple[dict[str, float], dict[str, float]]
 
 
 NUMBERS = (
@@ -82,23 +76,19 @@ class Study(NamedTuple):
     """Many prompts' graphs; each number is a mean over prompts with its interval."""
 
     case: str
-    rows: tuple[Studied, ...]
+    rows: list[dict[str, Any]]  # `prompt` and `numbers`: those of its graph, and of the random transcoders' one
 
     def estimates(self) -> dict[str, dict[str, Estimate]]:
         """Return by number, where it was measured, its mean of these, of random transcoders, and of the difference."""
-        rows = {name: [[each.get(name, np.nan) for each in row.numbers] for row in self.rows] for name in NUMBERS}
-        sides = {name: np.array(pairs).T for name, pairs in rows.items()}
-        return {
-            name: {"these": mean_interval(mine), "random": mean_interval(random), "gain": mean_interval(mine - random)}
-            for name, (mine, random) in sides.items()
-            if np.isfinite(mine).any()
-        }
+        both = zip(*(row["numbers"] for row in self.rows), strict=True)
+        mine, random = (pd.DataFrame(side).reindex(columns=NUMBERS).astype(float) for side in both)
+        sides = {"these": mine, "random": random, "gain": mine - random}
+        measured = mine.dropna(axis=1, how="all").columns
+        return {name: {side: mean_interval(of[name].to_numpy()) for side, of in sides.items()} for name in measured}
 
     def text(self) -> str:
-        rows = [
-            (name.replace("_", " "), *(shown(each) for each in found.values()))
-            for name, found in self.estimates().items()
-        ]
+        found = self.estimates().items()
+        rows = [(name.replace("_", " "), *map(shown, sides.values())) for name, sides in found]
         return f"{self.case}, {len(self.rows)} prompts\n\n{table('mean over prompts | these | random | gain', rows)}"
 
     def svg(self) -> str:
@@ -106,16 +96,15 @@ class Study(NamedTuple):
         found = self.estimates()
 
         def draw(axes: Any) -> None:
-            for key, shift, colour in (("these", -0.15, OURS), ("random", 0.15, REFERENCE)):
-                value, lo, hi = np.array([pair[key] for pair in found.values()]).reshape(-1, 3).T
+            for side, shift, colour in (("these", -0.15, OURS), ("random", 0.15, REFERENCE)):
+                value, lo, hi = np.array([sides[side] for sides in found.values()]).T
                 rows = np.arange(len(found)) + shift
                 axes[0].hlines(rows, lo, hi, color=colour)
-                axes[0].plot(value, rows, "o", color=colour, label=key)
+                axes[0].plot(value, rows, "o", color=colour, label=side)
             axes[0].set_yticks(range(len(found)), [name.replace("_", " ") for name in found])
-            axes[0].invert_yaxis()
+            axes[0].set(ylim=(len(found) - 0.5, -0.5), xlabel="mean over prompts, 95 % interval")
             axes[0].axvline(0, color="black", linewidth=0.5)
             axes[0].legend(fontsize=8)
-            axes[0].set_xlabel("mean over prompts, 95 % interval")
 
         return svg(draw, 1, (6, 0.4 * len(found) + 1.2))
 
@@ -136,29 +125,26 @@ def study(
     Raises: UsageError for a case that the model's tokens do not allow, and as `attribute`.
     """
     cases, feature = cases_of(case, model, n, seed), CASES.get(case, "") if _embedded(model) else ""
-    carrying: list[Any] = [{}, {}]
+    carrying: list[Any] = []
     rows = []
-    for number, one in enumerate(paced(cases, "graphs", len(cases), "prompt")):
+    for one in paced(cases, "graphs", len(cases), "prompt"):
         wanted: dict[str, Any] = {"logits": [one.right], "against": one.wrong, "memory": memory}
         with time_bound():  # a prompt's graph is whole; the time ends the study between prompts
             graph = attribute(model, transcoders, one.prompt, max_nodes=max_nodes, batch=batch, **wanted)
         twins, other = random_graph(model, transcoders, graph, batch=batch, seed=seed)
         checked = check(model, transcoders, graph, control=(twins, other), n_latents=CHECKED, seed=seed)
         prompts = [Prompt(model, saes, one.prompt) for saes in (transcoders, twins)]
-        if feature and number == 0:
-            carrying = [carriers(model, each.by_layer, feature) for each in prompts]
-        both = zip(prompts, (graph, other), (checked.graph, checked.random), carrying, strict=True)
-        numbers = [_numbers(one, *each) for each in both]
-        for told, scored in zip(numbers, checked.scores.values(), strict=True):
-            told |= dict(zip(("replacement", "completeness"), scored, strict=True))
-        rows.append(Studied(one.prompt, (numbers[0], numbers[1])))
-    return Study(case, tuple(rows))
+        carrying = carrying or [carriers(model, each.by_layer, feature) if feature else {} for each in prompts]
+        sides = zip(prompts, (graph, other), (checked.graph, checked.random), carrying, strict=True)
+        numbers = [_numbers(one, *side) for side in sides]
+        rows.append({"prompt": one.prompt, "numbers": numbers})
+    return Study(case, rows)
 
 
 def _numbers(case: Case, prompt: Prompt, graph: Graph, agreements: Any, carrying: Any) -> dict[str, float]:
     """Return what one graph foretells, and what it names of what patching and the grammar know."""
-    told = {"direct": agreements[0].direct.value, "correlation": agreements[0].paths.value}
-    told["slope"] = agreements[0].slope.value
+    first, told = agreements[0], dict(zip(("replacement", "completeness"), scores(graph), strict=False))
+    told |= {"direct": first.direct.value, "correlation": first.paths.value, "slope": first.slope.value}
     if case.wrong is not None:
         told["right"] = float(graph.own[-1] > 0)
     if case.wrong is not None and case.counterfactual and len(graph.latents):
@@ -166,7 +152,7 @@ def _numbers(case: Case, prompt: Prompt, graph: Graph, agreements: Any, carrying
         largest = graph.latents[np.argsort(-effects, kind="stable")[:TOP]]
         told["patching"] = float(np.isin(graph.ranked[:TOP], largest).mean())
     if carrying:
-        nodes, ids = [graph.nodes[i] for i in graph.latents.tolist()], prompt.model.tokenizer
+        nodes, ids = graph.nodes[graph.latents], prompt.model.tokenizer
         # no latent before the first token in which the two prompts differ can decide between the two answers
         first = np.flatnonzero(np.not_equal(*(ids(text).input_ids for text in case[:2])))[0]
         true = [carrying[node.layer][node.index] and node.position >= first for node in nodes]
@@ -199,36 +185,26 @@ def patching_effects(
     prompt: Prompt, graph: Graph, counterfactual: str, pair: tuple[int, int]
 ) -> Float[np.ndarray, " latents"]:
     """Return what patching each latent of a graph, from a counterfactual of as many tokens, does to a difference of logits."""
-    other = Prompt(prompt.model, list(prompt.by_layer.values()), counterfactual)
-    gradient, found = _live_gradient(prompt, pair), []
-    names = [sae.cfg.metadata.hook_name for sae in prompt.by_layer.values()]
-    before, after = (read_many(prompt.model, each.tokens, names) for each in (prompt, other)) if names else ({}, {})
-    nodes = [graph.nodes[i] for i in graph.latents.tolist()]
+    other = Prompt(prompt.model, list(prompt.by_layer.values()), counterfactual).read()
+    own, last = prompt.read(), torch.arange(prompt.tokens.shape[1])[None] == prompt.tokens.shape[1] - 1
     with torch.no_grad():
-        for layer, some in ((layer, list(some)) for layer, some in groupby(nodes, lambda node: node.layer)):
-            sae = prompt.by_layer[layer]
-            change = codes(sae, after[name := sae.cfg.metadata.hook_name][0]) - codes(sae, before[name][0])
-            places, latents = (torch.tensor([getattr(node, of) for node in some]) for of in ("position", "index"))
-            written = written_directions(sae, latents).to(gradient[layer])
-            found.append(change[places, latents].to(written) * (written * gradient[layer][places]).sum(-1))
-    return torch.cat(found).cpu().double().numpy() if found else np.zeros(0)
+        moves = {layer: codes(sae, other[layer]) - codes(sae, own[layer]) for layer, sae in prompt.by_layer.items()}
+    leaves = {layer: torch.zeros_like(move).requires_grad_() for layer, move in moves.items()}
 
-
-def _live_gradient(prompt: Prompt, pair: tuple[int, int]) -> dict[int, Float[Tensor, "pos d_model"]]:
-    """Return by layer the gradient of the difference of two logits at its MLP's output, nothing frozen."""
-    leaves: dict[int, Tensor] = {}
-
-    def added(layer: int, out: Tensor) -> Tensor:
-        leaves[layer] = torch.zeros_like(out).requires_grad_()
-        return out + leaves[layer]
+    def moved(sae: Any, leaf: Tensor, out: Tensor) -> Tensor:
+        z = leaf.to(sae.dtype)
+        return out + (sae.decode(z) - sae.decode(torch.zeros_like(z))).to(out)
 
     with ExitStack() as stack, torch.enable_grad():
-        for layer in prompt.by_layer:
-            stack.enter_context(replaced(prompt.model, f"blocks.{layer}.hook_mlp_out", partial(added, layer)))
-        last = torch.arange(prompt.tokens.shape[1], device=prompt.tokens.device)[None] == prompt.tokens.shape[1] - 1
+        for layer, leaf in leaves.items():
+            write = partial(moved, prompt.by_layer[layer], leaf)
+            stack.enter_context(replaced(prompt.model, f"blocks.{layer}.hook_mlp_out", write))
         logits = logits_at(prompt.model, prompt.tokens, last)[0]
-        found = torch.autograd.grad(logits[pair[0]] - logits[pair[1]], list(leaves.values()))
-    return {layer: gradient[0] for layer, gradient in zip(leaves, found, strict=True)}
+        gradients = torch.autograd.grad(logits[pair[0]] - logits[pair[1]], list(leaves.values()))
+    found = {layer: (moves[layer] * each).cpu().double().numpy() for layer, each in zip(leaves, gradients, strict=True)}
+    latents = graph.nodes[graph.latents]
+    places = zip(latents.layer.tolist(), latents.position.tolist(), latents.index.tolist(), strict=True)
+    return np.array([found[layer][position, index] for layer, position, index in places])
 
 
 def found_among(order: Float[np.ndarray, " n"], true: Bool[np.ndarray, " n"], k: int) -> dict[str, float]:
@@ -254,37 +230,30 @@ def found_among(order: Float[np.ndarray, " n"], true: Bool[np.ndarray, " n"], k:
 
 def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
     """Return `n` cases, or those of a file. Raises: UsageError when the model's tokens allow too few."""
-    tokenizer = model.tokenizer
     if Path(case).is_file():
-        with understood(case, "Save it as UTF-8."):
-            lines = Path(case).read_text(encoding="utf-8-sig").split("\n")
-        lines = [line.split("\t") for line in lines if line.strip()]
-        if not lines or any(len(line) < 2 or not line[1].strip() for line in lines):
-            raise UsageError(f"{case}, {len(lines)} lines: each is PROMPT, a tab, TOKEN, perhaps a tab and one more.")
-        ids: list[Any] = [[token_of(tokenizer, text) for text in line[1:3] if text.strip()] for line in lines[:n]]
-        return [Case(line[0], "", *(own + [None])[:2]) for line, own in zip(lines, ids, strict=False)]
+        return _read(Path(case), model.tokenizer, n)
     if case not in CASES:
         raise UsageError(f"{case!r} is no case and no file. The cases: {', '.join(CASES)}; a file has a prompt a line.")
-    embedded = _embedded(model)
-    if case == "ioi":
-        pairs = ioi_pairs(2 * n, tokenizer, words_for("sae-italian-mini" if embedded else "minerva-1b"), seed=seed)
-        texts = [(pair.base, pair.counterfactual, pair.io, pair.new_io) for pair in pairs]
-    elif embedded and case != "attractor":
-        texts = _micro_pairs(CASES[case], 16 * min(n, 4096), seed)  # it has no more than so many
-    elif case == "agreement":
-        verbs = {True: ("sono", "è"), False: ("è", "sono")}
-        pairs = number_pairs(2 * n, tokenizer, seed=seed)
-        texts = [(base, other, *verbs[base.startswith(("I ", "Le "))]) for base, other in pairs]
-    else:
-        texts = _made(case)
-        texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts)).tolist()]
     found: dict[str, Case] = {}  # by prompt: no two of them are one prompt with other answers
-    for base, other, *words in texts:
-        if pair := _usable(tokenizer, base, other, words):
-            found.setdefault(base, Case(base, other, *pair))
+    for base, other, *words in _texts(case, model, n, seed):
+        lengths = {len(model.tokenizer(text).input_ids) for text in (base, other)}
+        right, wrong = (model.tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in words)
+        if len(lengths) == 1 and right != wrong:
+            found.setdefault(base, Case(base, other, right, wrong))
     if len(found) < n:
         raise UsageError(f"{case}: {len(found)} different prompts suit this model's tokens, {n} wanted. Ask for fewer.")
     return list(found.values())[:n]
+
+
+def _read(file: Path, tokenizer: Any, n: int) -> list[Case]:
+    """Return the first `n` cases of a file: a line is PROMPT, a tab, TOKEN, perhaps a tab and the token against it."""
+    with understood(file, "Save it as UTF-8."):
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    lines = [line.split("\t") for line in lines if line.strip()]
+    if not lines or any(len(line) < 2 or not line[1].strip() for line in lines):
+        raise UsageError(f"{file}, {len(lines)} lines: each is PROMPT, a tab, TOKEN, perhaps a tab and one more.")
+    ids: list[Any] = [[token_of(tokenizer, text) for text in line[1:3] if text.strip()] for line in lines[:n]]
+    return [Case(line[0], "", *(own + [None])[:2]) for line, own in zip(lines, ids, strict=False)]
 
 
 def _embedded(model: Any) -> bool:
@@ -292,23 +261,30 @@ def _embedded(model: Any) -> bool:
     return getattr(model, "loaded_from", {}).get("name") == "sae-italian-mini"
 
 
-def _usable(tokenizer: Any, base: str, other: str, words: Sequence[str]) -> tuple[int, int] | None:
-    """Return the first tokens of both words where these differ and the prompts are equally long, else None."""
-    if len(tokenizer(base).input_ids) != len(tokenizer(other).input_ids):
-        return None
-    right, wrong = (tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in words)
-    return None if right == wrong else (right, wrong)
+def _texts(case: str, model: Any, n: int, seed: int) -> Iterable[tuple[str, str, str, str]]:
+    """Return prompts and their counterfactuals, with the right word and the wrong one: more than are wanted."""
+    embedded = _embedded(model)
+    if case == "ioi":
+        words = words_for("sae-italian-mini" if embedded else "minerva-1b")
+        pairs = ioi_pairs(2 * n, model.tokenizer, words, seed=seed)
+        return [(pair.base, pair.counterfactual, pair.io, pair.new_io) for pair in pairs]
+    if embedded and case != "attractor":
+        return _micro_pairs(CASES[case], 16 * min(n, 4096), seed)  # it has no more than so many
+    if case == "agreement":
+        verbs = {True: ("sono", "è"), False: ("è", "sono")}
+        pairs = number_pairs(2 * n, model.tokenizer, seed=seed)
+        return [(base, other, *verbs[base.startswith(("I ", "Le "))]) for base, other in pairs]
+    texts = _made(case)
+    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts)).tolist()]
 
 
-def _micro_pairs(kind: str, n: int, seed: int) -> list[tuple[str, str, str, str]]:
-    """Return MicroItaliano's pairs, as the embedded model knows no others: a determiner, and the noun that agrees."""
+def _micro_pairs(kind: str, n: int, seed: int) -> Iterable[tuple[str, str, str, str]]:
+    """Yield MicroItaliano's pairs, as the embedded model knows no others: a determiner, and the noun that agrees."""
     other = {one: two for pair in _words()[kind] for one, two in (pair, pair[::-1])}
-    found = []
     for pair in micro_italiano.agreement_pairs(n, seed):
         before, _, last = pair.prefix.rpartition(" ")
         if pair.kind == kind and last in other:
-            found.append((pair.prefix, f"{before} {other[last]}", pair.right, pair.wrong))
-    return found
+            yield pair.prefix, f"{before} {other[last]}", pair.right, pair.wrong
 
 
 @cache

@@ -12,20 +12,19 @@ import pytest
 
 from sae_italian.browser.graph import MOST_NODES, write_graph_page
 from sae_italian.circuits import Graph
-from sae_italian.circuits.graph import GraphNode
+from sae_italian.circuits.graph import joined, nodes_of
 from tests.browser.chromium import NEEDS_CHROMIUM
 from tests.browser.test_chromium import EVIL, LOW_CONTRAST, NAMELESS, tab  # noqa: F401
 
 pytestmark = NEEDS_CHROMIUM
 # By hand: the name on token 1 turns L0/5 on, that turns L1/9 on at the last token, and that writes the name again.
-NODES = (
-    GraphNode("latent", 0, 1, 5, 2.0, " Anna"),
-    GraphNode("latent", 0, 2, 6, 1.0, " a"),
-    GraphNode("latent", 1, 2, 9, 3.0, " a"),
-    GraphNode("error", 1, 2, text=" a"),
-    GraphNode("embedding", -1, 1, text=" Anna"),
-    GraphNode("embedding", -1, 2, text=" a"),
-    GraphNode("logit", 2, 2, 40, 0.75, " Anna"),
+NODES = joined(
+    [
+        nodes_of("latent", [0, 0, 1], [1, 2, 2], [5, 6, 9], [2.0, 1.0, 3.0], [" Anna", " a", " a"]),
+        nodes_of("error", 1, 2, text=" a"),
+        nodes_of("embedding", -1, [1, 2], text=[" Anna", " a"]),
+        nodes_of("logit", 2, 2, 40, 0.75, " Anna"),
+    ]
 )
 WEIGHTS = np.array(
     [[0, 0, 0, 0, 4.0, 0, 0], [0, 0, 0, 0, 0, 1.0, 0], [6.0, -1.0, 0, 0, 0, 0, 0], [0, 0, 9.0, 1.0, 2.0, 0, 0]]
@@ -47,19 +46,17 @@ def large(n: int, n_pos: int = 24, n_layers: int = 18) -> Graph:
     """Return a graph of n latents, each with edges from forty that lie before it."""
     rng = np.random.default_rng(0)
     layer, position = np.sort(rng.integers(n_layers, size=n)), rng.integers(1, n_pos, size=n)
-    latents = [GraphNode("latent", *map(int, at), 1.0, "x") for at in zip(layer, position, range(n), strict=True)]
-    inputs = [GraphNode("embedding", -1, p, text=f" parola{p}") for p in range(n_pos)]
+    latents = nodes_of("latent", layer, position, range(n), 1.0, "x")
+    inputs = nodes_of("embedding", -1, range(n_pos), text=[f" parola{p}" for p in range(n_pos)])
     weights = np.zeros((n + 1, n + n_pos + 1), dtype=np.float32)
     for row in range(n):
         before = np.flatnonzero(layer < layer[row])
         weights[row, rng.choice(before, min(40, len(before)), replace=False)] = 1 + rng.random()
         weights[row, n + position[row]] = 1
     weights[n, :n] = 1
-    nodes = (*latents, *inputs, GraphNode("logit", n_layers, n_pos - 1, 1, 1.0, " dopo"))
+    nodes = joined([latents, inputs, nodes_of("logit", n_layers, n_pos - 1, 1, 1.0, " dopo")])
     targets = np.array([*range(n), n + n_pos])
-    return Graph(
-        "lungo", "m", tuple(node.text for node in inputs), n_layers, nodes, targets, weights, weights.sum(1), n
-    )
+    return Graph("lungo", "m", tuple(inputs.text), n_layers, nodes, targets, weights, weights.sum(1), n)
 
 
 def show(page: Any, index: Path, fragment: str = "") -> None:
@@ -163,7 +160,8 @@ def test_texts_are_never_markup(tab: Any, tmp_path: Path) -> None:  # noqa: F811
     told = {
         (0, 5): {"label_it": EVIL, "label_en": EVIL, "contexts": [{"max": 1.0, "segments": [[EVIL, 1.0]]}], "href": ""}
     }
-    nodes = tuple(node._replace(text=EVIL) for node in SMALL.nodes)
+    nodes = SMALL.nodes.copy()
+    nodes.text[:] = EVIL
     evil = Graph(EVIL + "</script>", EVIL, (EVIL,) * 3, 2, nodes, SMALL.targets, WEIGHTS, SMALL.own, 5)
     show(tab, write_graph_page(tmp_path, evil, told), "#node=0_5_1&pins=0_5_1")
     assert EVIL in tab.inner_text(".about .contexts") and tab.evaluate("window.harm") is None

@@ -11,7 +11,7 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import time_bound
 from sae_italian.circuits.check import random_graph
 from sae_italian.circuits.edges import Prompt, _Rows, attribute
-from sae_italian.circuits.graph import Graph, GraphNode, influence, prune, scores
+from sae_italian.circuits.graph import NODE, Graph, influence, joined, nodes_of, prune, scores
 from sae_italian.circuits.linear import Linear, Targets
 
 SIZES = {
@@ -67,6 +67,15 @@ def random_transcoder(layer, *, skip=False, seed=0, d=32, d_sae=40, dtype="float
     for parameter in sae.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
     return sae
+
+
+def named(node):
+    """Return kind, layer, position and index of a node."""
+    return node.item()[:4]
+
+
+def place(node):
+    return node.item()[1:4]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -139,13 +148,13 @@ def test_an_edge_is_what_the_target_moves_by(model):
 def test_the_frozen_pass_is_the_models_own(model):
     tokens = model.tokenizer("ciao bella").input_ids
     name = model.config._attn_implementation
-    linear = Linear(model, tokens, {}, batch=2)
+    linear = Linear(model, tokens, {})
     final = linear.reads[3]
     logits = model(tokens).logits
     mine = torch.nn.functional.linear(final, model.get_output_embeddings().weight)
     if cap := getattr(model.config, "final_logit_softcapping", None):
         mine = cap * torch.tanh(mine / cap)
-    assert torch.allclose(mine[0], logits[0], atol=1e-5) and torch.allclose(mine[1], logits[0], atol=1e-5)
+    assert torch.allclose(mine, logits, atol=1e-5)
     assert model.config._attn_implementation == name  # left as it was found
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -159,13 +168,13 @@ def mistral(monkeypatch):
 def test_the_batch_does_not_matter_and_latents_left_out_are_booked(mistral):
     saes = [random_transcoder(layer) for layer in range(3)]
     whole, *others = (attribute(mistral, saes, "ciao bella", batch=batch) for batch in (1, 5, 64))
-    assert _Rows(Prompt(mistral, saes, "ciao bella"), 10**9, None).batch == 128, "as many copies fill no memory"
+    assert _Rows(Prompt(mistral, saes, "ciao bella"), 10**9, None).batch == 128, "as many gradients fill no memory"
     n_latents = int(whole.of_kind("latent").sum())
     bounded = attribute(mistral, saes, "ciao bella", max_nodes=n_latents, batch=16)
     for other in (*others, bounded):
-        values, expected = ([node.value for node in graph.nodes] for graph in (other, whole))
+        values, expected = other.nodes.value, whole.nodes.value
         assert values == pytest.approx(expected, rel=1e-12)  # a product's last bit may hang on where its memory lies
-        assert [node._replace(value=0) for node in other.nodes] == [node._replace(value=0) for node in whole.nodes]
+        assert all((other.nodes[name] == whole.nodes[name]).all() for name in NODE.names if name != "value")
         assert np.allclose(other.weights, whole.weights, atol=1e-10)
     few = attribute(mistral, saes, "ciao bella", max_nodes=20, batch=4)
     assert few.of_kind("latent").sum() == 20 and few.n_active == whole.of_kind("latent").sum()
@@ -174,17 +183,17 @@ def test_the_batch_does_not_matter_and_latents_left_out_are_booked(mistral):
         np.abs(few.weights[:, few.of_kind("constant")]).max() < 1e-5
     )  # the rest is in the rest nodes, not in the constant
     rest = few.weights[-1, few.of_kind("rest")]
-    kept = {node[1:4] for node in few.nodes if node.kind == "latent"}
+    kept = {place(node) for node in few.nodes if node.kind == "latent"}
     for layer in range(3):
         left = [
             i
             for i, node in enumerate(whole.nodes)
-            if node.kind == "latent" and node.layer == layer and node[1:4] not in kept
+            if node.kind == "latent" and node.layer == layer and place(node) not in kept
         ]
         assert rest[layer] == pytest.approx(whole.weights[-1, left].sum(), abs=1e-9)
     # what is most influential comes first: the twenty hold more influence than twenty others
     reach = influence(whole)
-    mine = [reach[i] for i, node in enumerate(whole.nodes) if node.kind == "latent" and node[1:4] in kept]
+    mine = [reach[i] for i, node in enumerate(whole.nodes) if node.kind == "latent" and place(node) in kept]
     assert np.mean(mine) > 1.5 * np.mean(reach[whole.of_kind("latent")])
 
 
@@ -198,7 +207,7 @@ def test_early_targets_go_back_through_the_prompts_beginning(model, monkeypatch)
     monkeypatch.setattr(edges.Prompt, "frozen", lambda *a, **k: (lengths.append(a[1]), frozen(*a, **k))[1])
     parts = attribute(model, saes, "ciao bella", batch=4)
     assert sorted(lengths) == [3, 6, 9, 11]
-    assert parts.nodes == whole.nodes and np.allclose(parts.weights, whole.weights, rtol=1e-5, atol=1e-6)
+    assert (parts.nodes == whole.nodes).all() and np.allclose(parts.weights, whole.weights, rtol=1e-5, atol=1e-6)
 
 
 def test_the_graph_has_no_cycle_and_looks_back_only(mistral):
@@ -221,7 +230,7 @@ def test_a_gap_and_no_transcoder_at_all_leave_a_true_graph(mistral):
         sae.W_enc.data.zero_(), sae.b_enc.data.fill_(-1), sae.b_dec.data.zero_()
     silent = attribute(mistral, zero, "ciao")
     none = attribute(mistral, [], "ciao")
-    assert silent.nodes == none.nodes and np.allclose(silent.weights, none.weights, atol=1e-12)
+    assert (silent.nodes == none.nodes).all() and np.allclose(silent.weights, none.weights, atol=1e-12)
     assert not none.of_kind("latent").any() and np.allclose(none.weights.sum(axis=1), none.own, atol=1e-9)
     # without latents the score is the direct path's share: |inputs| / (|inputs| + |errors|) of the logits' rows
     p = np.array([node.value for node in none.nodes if node.kind == "logit"])
@@ -276,7 +285,7 @@ def test_a_planted_latent_against_a_logit_has_its_edge_by_hand(mistral):
     sae.W_dec.data[3] = -direction
     sae.b_enc.data[3] = 5.0
     graph = attribute(mistral, [sae], "ciao", logits=[7])
-    column = next(i for i, n in enumerate(graph.nodes) if n[:4] == ("latent", 2, len(graph.tokens) - 1, 3))
+    column = next(i for i, n in enumerate(graph.nodes) if named(n) == ("latent", 2, len(graph.tokens) - 1, 3))
     tokens = mistral.tokenizer("ciao").input_ids
     before_norm = Linear(mistral, tokens, {}).scales["model.norm"][0, -1]
     expected = -graph.nodes[column].value * float(
@@ -287,26 +296,23 @@ def test_a_planted_latent_against_a_logit_has_its_edge_by_hand(mistral):
 
 def test_pruning_keeps_what_it_says(mistral):
     graph = attribute(mistral, [random_transcoder(layer) for layer in range(3)], "ciao bella")
-    keep, square = prune(graph, 0.6, 0.9)
+    keep, small = prune(graph, 0.6, 0.9)
     reach = influence(graph)
     some = graph.of_kind("latent", "error")
     assert 0 < keep[some].sum() < some.sum()
     assert reach[keep].sum() >= 0.55 * reach.sum()
     assert keep[graph.of_kind("embedding", "logit")].all() and not keep[graph.of_kind("bias", "constant")].any()
-    assert square.shape == (keep.sum(), keep.sum())
-    latent = graph.of_kind("latent")[keep]
-    assert square[latent].any(axis=1).all() and square[:, latent].any(axis=0).all()
-    everything, all_edges = prune(graph, 1.0, 1.0)
+    assert (small.nodes == graph.nodes[keep]).all() and small.weights.shape == (len(small.targets), keep.sum())
+    assert {*small.latents.tolist()} <= {*small.targets.tolist()}
+    assert small.weights.any(axis=1).all() and small.weights[:, small.latents].any(axis=0).all()
+    everything, _ = prune(graph, 1.0, 1.0)
     assert everything[some & (reach > 0)].all()
 
 
 def test_influence_by_hand():
     """a -> b -> logit with shares 1/4 and 1/2: b has 1/2, a has 1/2 of it through b and the direct half."""
-    nodes = (
-        GraphNode("latent", 0, 0, 0, 1.0),
-        GraphNode("latent", 1, 0, 0, 1.0),
-        GraphNode("embedding", -1, 0),
-        GraphNode("logit", 2, 0, 0, 1.0),
+    nodes = joined(
+        [nodes_of("latent", [0, 1], 0, 0, 1.0), nodes_of("embedding", -1, 0), nodes_of("logit", 2, 0, 0, 1.0)]
     )
     weights = np.array([[0, 0, 2.0, 0], [1, 0, -3.0, 0], [2, -2, 0, 0]], dtype=float)
     graph = Graph("p", "m", ("t",), 2, nodes, np.array([0, 1, 3]), weights, weights.sum(1), 2)
@@ -314,12 +320,14 @@ def test_influence_by_hand():
     assert influence(graph) == pytest.approx([5 / 8, 1 / 2, 5 / 8 + 3 / 8, 0])
     assert scores(graph).replacement == 1
     # half of what edges pass on is token -> a (5/8 of 17/8) and a -> logit; b, left without an edge, goes
-    keep, square = prune(graph, 1.0, 0.5)
-    assert keep.tolist() == [True, False, True, True] and square.tolist() == [[0, 2, 0], [0, 0, 0], [2, 0, 0]]
+    keep, small = prune(graph, 1.0, 0.5)
+    assert keep.tolist() == [True, False, True, True] and small.targets.tolist() == [0, 2]
+    assert small.weights.tolist() == [[0, 2, 0], [2, 0, 0]]
+    assert [column.tolist() for column in small.edges()] == [[0, 2], [1, 0], [2, 2]]  # targets, sources, weights
 
 
 def test_what_was_not_visited_counts_as_an_error():
-    nodes = (GraphNode("embedding", -1, 0), GraphNode("rest", 0), GraphNode("logit", 1, 0, 0, 1.0))
+    nodes = joined([nodes_of("embedding", -1, 0), nodes_of("rest", 0), nodes_of("logit", 1, 0, 0, 1.0)])
     weights = np.array([[1.0, -3.0, 0.0]])
     assert scores(Graph("p", "m", ("t",), 1, nodes, np.array([2]), weights, weights.sum(1), 4)) == (1 / 4, 1 / 4, 0)
 
@@ -329,7 +337,7 @@ def test_a_graph_comes_back_as_it_was_written(mistral, tmp_path):
     graph = attribute(mistral, [random_transcoder(1)], "ciao")
     graph.save(tmp_path)
     back = Graph.load(tmp_path)
-    assert back.nodes == graph.nodes and (back.weights == graph.weights).all() and back.tokens == graph.tokens
+    assert (back.nodes == graph.nodes).all() and (back.weights == graph.weights).all() and back.tokens == graph.tokens
     (tmp_path / "graph.npz").write_bytes(b"")
     with pytest.raises(DataError, match="cannot be read .* Make it with `sae-italian graph`"):
         Graph.load(tmp_path)
@@ -365,7 +373,7 @@ def test_a_token_that_nobody_looks_at_changes_nothing(mistral):
     assert gradients[2:] == [None, None]  # later layers
     saes = [random_transcoder(layer) for layer in range(3)]
     one, other = (attribute(mistral, saes, text) for text in ("ciao bella", "ciao belli"))
-    rows = [{graph.nodes[t][:4]: row for row, t in enumerate(graph.targets.tolist())} for graph in (one, other)]
+    rows = [{named(graph.nodes[t]): row for row, t in enumerate(graph.targets.tolist())} for graph in (one, other)]
     early = [key for key in rows[0] if key[0] == "latent" and key[2] < 10]
     assert len(early) > 100 and {key for key in rows[1] if key[0] == "latent" and key[2] < 10} == set(early)
     for graph, row in zip((one, other), rows, strict=True):
@@ -387,7 +395,7 @@ def test_a_token_outside_the_attention_window_changes_nothing(mistral):
         far = np.array([0 < node.position <= 3 for node in graph.nodes])
         assert far.sum() > 20 and (graph.weights[-2:, far] == 0).all()
     columns = [[i for i, node in enumerate(graph.nodes) if graph.weights[-1, i]] for graph in (one, other)]
-    names = [[graph.nodes[i][:4] for i in some] for graph, some in zip((one, other), columns, strict=True)]
+    names = [[named(graph.nodes[i]) for i in some] for graph, some in zip((one, other), columns, strict=True)]
     assert names[0][:-1] == names[1][:-1] and len(names[0]) > 100  # the last is the constant: what rounding leaves
     edges = [graph.weights[-2:, some[:-1]] for graph, some in zip((one, other), columns, strict=True)]
     assert np.allclose(*edges, atol=1e-9) and np.allclose(one.own[-2:], other.own[-2:], atol=1e-9)
@@ -467,9 +475,9 @@ def test_a_circuit_of_two_latents_is_found_whole(mistral):
         mistral.model.layers[layer].mlp = sae
     graph = attribute(mistral, saes, prompt, logits=[50])
     keep, _ = prune(graph)
-    kept = [node[1:4] for node, stays in zip(graph.nodes, keep, strict=True) if stays and node.kind == "latent"]
+    kept = [place(node) for node in graph.nodes[keep] if node.kind == "latent"]
     assert kept == [(0, 3, 5), (2, 3, 7)]
-    number = {node[:4]: i for i, node in enumerate(graph.nodes)}
+    number = {named(node): i for i, node in enumerate(graph.nodes)}
     first, second = number["latent", 0, 3, 5], number["latent", 2, 3, 7]
     row_of = {target: row for row, target in enumerate(graph.targets.tolist())}
     for target, source in ((second, first), (graph.targets[-1], second), (first, number["embedding", -1, 3, -1])):
@@ -482,7 +490,8 @@ def test_the_worked_example_of_circuit_tracer():
     """Its tests/test_graph.py: twelve nodes, influences 1/12, 1/3, 1/4, 1/6 of one logit."""
     edges = {11: (1, 3, 6, 8), 3: (0, 1, 6), 1: (9, 10), 0: (9,)}
     layers = {0: 1, 1: 1, 3: 2}
-    nodes = (*(GraphNode("latent", layers.get(i, 0), 0, i, 1.0) for i in range(11)), GraphNode("logit", 3, 0, 0, 1.0))
+    latents = nodes_of("latent", [layers.get(i, 0) for i in range(11)], 0, range(11), 1.0)
+    nodes = joined([latents, nodes_of("logit", 3, 0, 0, 1.0)])
     weights = np.zeros((12, 12))
     for target, sources in edges.items():
         weights[target, list(sources)] = 10
@@ -499,7 +508,7 @@ def test_an_interrupted_graph_goes_on_where_it_was(mistral, tmp_path, monkeypatc
     rows, calls = _Rows(Prompt(mistral, saes, "ciao bella"), 4, None), []
     left, clean = np.ones((1, len(rows.nodes))), np.zeros((1, len(rows.nodes)))
     for out in (left, clean):
-        rows([next(node for node in rows.nodes if node.kind == "latent" and node.layer == 1)], out)
+        rows(rows.nodes[(rows.nodes.kind == "latent") & (rows.nodes.layer == 1)][:1], out)
     assert np.array_equal(left, clean)  # of a row that was written and not booked nothing stays
 
     def dying(self, nodes, out, real=edges._Rows.__call__):
@@ -514,7 +523,7 @@ def test_an_interrupted_graph_goes_on_where_it_was(mistral, tmp_path, monkeypatc
     assert {file.name for file in tmp_path.iterdir()} == {"rows.partial", "visited.json"}
     calls[:] = [0] * 100
     again = attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path)
-    assert again.nodes == whole.nodes and np.array_equal(again.weights, whole.weights)
+    assert (again.nodes == whole.nodes).all() and np.array_equal(again.weights, whole.weights)
     assert not list(tmp_path.iterdir()) and sum(calls) < len(whole.targets) - 50  # not all were done again
     for factor, asked in ((1.0, {"against": 9}), (2.0, {})):  # another question begins anew, and other transcoders
         calls.clear()
@@ -551,7 +560,7 @@ def test_a_graph_stopped_by_its_minutes_still_adds_up_and_goes_on(most, mistral,
         further = attribute(mistral, saes, "ciao bella", batch=4, max_nodes=most, resume=tmp_path)
     assert len(further.latents) == 8
     again = attribute(mistral, saes, "ciao bella", batch=4, max_nodes=most, resume=tmp_path)
-    assert again.nodes == whole.nodes and np.allclose(again.weights, whole.weights, atol=1e-12)
+    assert (again.nodes == whole.nodes).all() and np.allclose(again.weights, whole.weights, atol=1e-12)
     assert not list(tmp_path.iterdir())
 
 
@@ -561,11 +570,11 @@ def test_a_graph_whose_time_is_bounded_begins_with_what_matters(mistral, monkeyp
 
     saes, steps = [random_transcoder(layer) for layer in range(3)], []
     whole = attribute(mistral, saes, "ciao bella")
-    share = dict(zip([whole.nodes[i][1:4] for i in whole.latents], influence(whole)[whole.latents], strict=True))
+    share = dict(zip([place(whole.nodes[i]) for i in whole.latents], influence(whole)[whole.latents], strict=True))
     monkeypatch.setattr(Pace, "step", lambda self, n=1: len(steps.append(n) or steps) == 4)
     with time_bound(1):
         found = attribute(mistral, saes, "ciao bella", batch=4)
-    kept = [share[found.nodes[i][1:4]] for i in found.latents]
+    kept = [share[place(found.nodes[i])] for i in found.latents]
     assert len(kept) == 16 and sum(kept) > 1.3 * sum([*share.values()][:16])
 
 

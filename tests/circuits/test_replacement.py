@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sae_italian.circuits.check import _losses, with_transcoders
+from sae_italian.circuits.check import _counted, _losses, with_transcoders
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations
 from tests.circuits.test_graph import mistral, random_transcoder, toy  # noqa: F401
@@ -22,7 +22,7 @@ def test_transcoders_that_are_their_mlps_change_nothing(mistral):  # noqa: F811
         written = read_activations(mistral, tokens, "blocks.1.hook_mlp_out")
         assert (written[0, 1:] == 0).all() and (written[0, 0] != 0).any()  # the MLP stays at the special token
     assert torch.equal(mistral(tokens).logits, plain)
-    loss, counted = _losses(mistral, tokens, silent, {})[0].tolist()
+    (loss,), (counted,) = _losses(mistral, tokens, silent, {}).tolist(), _counted(silent).sum(1).tolist()
     log_p = plain[0, 1:-1].log_softmax(-1).gather(1, tokens[0, 2:, None])  # what follows the special token is no loss
     assert counted == tokens.shape[1] - 2 and loss == pytest.approx(-float(log_p.sum()), rel=1e-5)
 

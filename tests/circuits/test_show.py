@@ -14,7 +14,7 @@ from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.circuits.check import check, foretold, replayed
 from sae_italian.circuits.edges import Prompt, attribute
-from sae_italian.circuits.graph import Graph, GraphNode
+from sae_italian.circuits.graph import Graph, joined, nodes_of
 from sae_italian.circuits.show import cantor, graph_svg, neuronpedia, strongest_path, summary
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations
@@ -113,7 +113,7 @@ def test_neuronpedias_json_has_what_its_schema_requires(mistral):  # noqa: F811
 
 def test_the_last_edges_share_is_of_what_some_input_decides():
     places = (("embedding", -1), ("latent", 0), ("error", 0), ("bias", 0), ("logit", 1))
-    nodes = tuple(GraphNode(kind, layer, 1) for kind, layer in places)
+    nodes = joined([nodes_of(kind, layer, 1) for kind, layer in places])
     weights = np.array([[2.0, 0, 0, 3.0, 0], [1.0, 3.0, -1.0, 7.0, 0]])
     graph = Graph("p", "m", ("a", "b"), 1, nodes, np.array([1, 4]), weights, weights.sum(1), 1)
     assert strongest_path(graph) == ([0, 1, 4], 3 / 5)
@@ -133,7 +133,7 @@ def test_the_summary_and_the_picture_name_what_matters(mistral):  # noqa: F811
 
 def test_all_paths_by_hand():
     """a writes 2 into b (active at 4) and 1 into the logit, b writes 8: without a, b halves, so the logit falls by 1 + 4."""
-    nodes = (GraphNode("latent", 0, 1, 0, 1.0), GraphNode("latent", 1, 1, 0, 4.0), GraphNode("logit", 2, 1, 0, 1.0))
+    nodes = joined([nodes_of("latent", [0, 1], 1, 0, [1.0, 4.0]), nodes_of("logit", 2, 1, 0, 1.0)])
     weights = np.array([[0, 0, 0], [2.0, 0, 0], [1.0, 8.0, 0]])
     graph = Graph("p", "m", ("a", "b"), 2, nodes, np.arange(3), weights, weights.sum(1), 2)
     direct, paths = foretold(graph)

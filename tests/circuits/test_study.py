@@ -14,10 +14,9 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.statistics import NOTHING
 from sae_italian.circuits.check import changes, foretold
 from sae_italian.circuits.edges import Prompt, attribute
-from sae_italian.circuits.graph import Graph, GraphNode
+from sae_italian.circuits.graph import Graph, joined, nodes_of
 from sae_italian.circuits.study import (
     Case,
-    Studied,
     Study,
     _numbers,
     carriers,
@@ -90,7 +89,7 @@ def test_patching_effects_are_the_live_models_own(mistral):  # noqa: F811
 
 
 def test_intervals_are_over_prompts_and_gains_within_one():
-    rows = tuple(Studied(str(i), ({"slope": 1.0 + 0.01 * i}, {"slope": 0.5 + 0.01 * i})) for i in range(10))
+    rows = [{"prompt": str(i), "numbers": [{"slope": 1.0 + 0.01 * i}, {"slope": 0.5 + 0.01 * i}]} for i in range(10)]
     found = Study("x", rows)
     mine, gain = (found.estimates()["slope"][which] for which in ("these", "gain"))
     assert mine.value == pytest.approx(1.045) and mine.lo < mine.value < mine.hi
@@ -118,7 +117,7 @@ def test_the_verb_of_any_other_model_agrees_with_the_subject(mini):
 
 def test_no_latent_before_the_prompts_differ_is_true():
     """Both latents carry number, but «gatti» is read at position 1: what fires on «i» cannot know it."""
-    nodes = (GraphNode("latent", 0, 0, 0, 1.0), GraphNode("latent", 0, 1, 1, 1.0), GraphNode("logit", 1, 1, 5, 1.0))
+    nodes = joined([nodes_of("latent", 0, [0, 1], [0, 1], 1.0), nodes_of("logit", 1, 1, 5, 1.0)])
     graph = Graph("i gatti", "m", ("i", "gatti"), 1, nodes, np.arange(3), np.eye(3), np.ones(3), 2)
     prompt = SimpleNamespace(model=SimpleNamespace(tokenizer=lambda text: SimpleNamespace(input_ids=text.split())))
     nothing = [SimpleNamespace(**dict.fromkeys(("direct", "paths", "slope"), NOTHING))]
