@@ -161,7 +161,7 @@ def _data(graph: Graph, latents: Latents, checked: Checked | None) -> dict[str, 
             "source": source.tolist(),
             "weight": rounded(weight.tolist(), 4),
         },
-        "cards": {f"{layer}_{index}": latents[layer, index] for layer, index in keys if (layer, index) in latents},
+        "cards": {f"{key[0]}_{key[1]}": latents[key] for key in keys if key in latents},
         "check": "data:image/svg+xml;base64," + b64encode(check_svg(checked).encode()).decode() if checked else "",
         **{f"sentence_{lang}": sentence(graph, labels[lang], lang, random) for lang in ("it", "en")},
         **{

@@ -97,7 +97,8 @@ def check(
     prompt, twin = (Prompt(model, saes, graph.prompt) for saes in (transcoders, twins))
     mine = _agreements(prompt, graph, n_latents, seed, "")
     random = _agreements(twin, other, n_latents, seed, ", random transcoders")
-    return Checked(mine, random, {"these": scores(graph)[:2], "random": scores(other)[:2]}, replayed(prompt, graph))
+    told = {"these": scores(graph)[:2], "random": scores(other)[:2]}
+    return Checked(mine, random, told, replayed(prompt, graph))
 
 
 @torch.no_grad()
@@ -152,11 +153,10 @@ def foretold(graph: Graph) -> tuple[Float[np.ndarray, " nodes"], Float[np.ndarra
 def changes(prompt: Prompt, graph: Graph, latents: np.ndarray) -> Float[np.ndarray, " n"]:
     """Return the real change of the first logit, less what it is explained less, when each latent's write is taken away."""
     model, n_pos = prompt.model, prompt.tokens.shape[1]
-    logit = graph.nodes.index[graph.of_kind("logit")][0]
+    logit, last = graph.nodes.index[graph.of_kind("logit")][0], torch.arange(n_pos)[None] == n_pos - 1
 
     def difference(n: int) -> Float[Tensor, " n"]:
-        logits = logits_at(model, prompt.tokens.expand(n, -1), torch.arange(n_pos) == torch.full((n, 1), n_pos - 1))
-        logits = logits.cpu().double()
+        logits = logits_at(model, prompt.tokens.expand(n, -1), last.expand(n, -1)).cpu().double()
         return logits[:, logit] - (logits.mean(-1) if graph.against is None else logits[:, graph.against])
 
     before, found = difference(1), [torch.zeros(0)]
@@ -237,7 +237,8 @@ def examine_set(
     ways, losses = ({}, by_layer, twins, dict.fromkeys(by_layer)), []
     size = max(1, LOGITS // (context * model.config.vocab_size))
     for some in paced(torch.arange(len(windows)).split(size), "losses", len(windows), "window", size=len):
-        losses.append(torch.stack([_losses(model, windows[some], silent[some], way) for way in ways], dim=1))
+        found = [_losses(model, windows[some], silent[some], way) for way in ways]
+        losses.append(torch.stack(found, dim=1))
     loss = torch.cat(losses).double().numpy()  # [windows, ways]
     n = _counted(silent)[: len(loss)].sum(1).cpu().numpy()
     value: dict[str, Any] = {"layers": layers, "n_tokens": int(n.sum())}

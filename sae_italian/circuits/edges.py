@@ -333,10 +333,12 @@ def _whole(graph: Graph, rows: _Rows) -> Graph:
 
     Where all have one, the rows themselves are the weights. The constant is what the biases of attention and norms add.
     """
-    order, left, weights = np.argsort(graph.targets), np.setdiff1d(graph.latents, graph.targets), graph.weights
+    order, weights = np.argsort(graph.targets), graph.weights
+    left = np.setdiff1d(graph.latents, graph.targets)
     chosen = np.setdiff1d(np.arange(len(graph.nodes)), left)
     if len(left) or isinstance(weights, np.memmap):
-        weights, rest = np.empty((len(order), len(chosen)), dtype=weights.dtype), np.flatnonzero(graph.of_kind("rest"))
+        weights = np.empty((len(order), len(chosen)), dtype=weights.dtype)
+        rest = np.flatnonzero(graph.of_kind("rest"))
         of_layer = (graph.nodes.layer[left, None] == np.arange(graph.n_layers)).astype(weights.dtype)
         for at in range(0, len(order), ROWS_AT_ONCE):
             told = graph.weights[order[at : at + ROWS_AT_ONCE]]

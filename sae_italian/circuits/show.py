@@ -110,12 +110,12 @@ def graph_svg(graph: Graph, most: int = 60) -> str:
     nodes, place, (target, source, weight) = small.nodes, _places(small), small.edges()
     ends: Any = np.stack([place[source], place[target]], axis=1)
     width = 0.3 + 3 * np.abs(weight) / np.abs(weight).max(initial=1e-10)
+    colours: Any = np.where(weight > 0, OURS, WARNING)
     looks = {"latent": ("o", OURS), "logit": ("D", INK), "embedding": ("s", REFERENCE)}
 
     def draw(axes: Any) -> None:
         axis, size = axes[0], 25 + 500 * reached / max(reached.max(), 1e-10)
-        how = {"colors": np.where(weight > 0, OURS, WARNING), "linewidths": width, "alpha": 0.35, "zorder": 0}
-        axis.add_collection(LineCollection(ends, **how))
+        axis.add_collection(LineCollection(ends, colors=colours, linewidths=width, alpha=0.35, zorder=0))
         for kind in np.unique(nodes.kind):
             some, (mark, colour) = nodes.kind == kind, looks.get(kind, ("X", REFERENCE))
             axis.scatter(*place[some].T, s=size[some], marker=mark, color=colour, zorder=1)

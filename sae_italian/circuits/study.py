@@ -76,15 +76,15 @@ class Study(NamedTuple):
     """Many prompts' graphs; each number is a mean over prompts with its interval."""
 
     case: str
-    rows: list[dict[str, Any]]  # `prompt` and `numbers`: those of its graph, and of the random transcoders' one
+    rows: list[dict[str, Any]]  # `prompt`; `numbers` of its graph, and of the random transcoders'
 
     def estimates(self) -> dict[str, dict[str, Estimate]]:
         """Return by number, where it was measured, its mean of these, of random transcoders, and of the difference."""
         both = zip(*(row["numbers"] for row in self.rows), strict=True)
         mine, random = (pd.DataFrame(side).reindex(columns=NUMBERS).astype(float) for side in both)
-        sides = {"these": mine, "random": random, "gain": mine - random}
+        sides: dict[str, Any] = {"these": mine, "random": random, "gain": mine - random}
         measured = mine.dropna(axis=1, how="all").columns
-        return {name: {side: mean_interval(of[name].to_numpy()) for side, of in sides.items()} for name in measured}
+        return {name: {side: mean_interval(of[name]) for side, of in sides.items()} for name in measured}
 
     def text(self) -> str:
         found = self.estimates().items()
@@ -192,7 +192,7 @@ def patching_effects(
     leaves = {layer: torch.zeros_like(move).requires_grad_() for layer, move in moves.items()}
 
     def moved(sae: Any, leaf: Tensor, out: Tensor) -> Tensor:
-        z = leaf.to(sae.dtype)
+        z = leaf.to(sae.device, sae.dtype)
         return out + (sae.decode(z) - sae.decode(torch.zeros_like(z))).to(out)
 
     with ExitStack() as stack, torch.enable_grad():
@@ -201,7 +201,8 @@ def patching_effects(
             stack.enter_context(replaced(prompt.model, f"blocks.{layer}.hook_mlp_out", write))
         logits = logits_at(prompt.model, prompt.tokens, last)[0]
         gradients = torch.autograd.grad(logits[pair[0]] - logits[pair[1]], list(leaves.values()))
-    found = {layer: (moves[layer] * each).cpu().double().numpy() for layer, each in zip(leaves, gradients, strict=True)}
+    told = zip(moves.items(), gradients, strict=True)
+    found = {layer: (move * gradient).cpu().double().numpy() for (layer, move), gradient in told}
     latents = graph.nodes[graph.latents]
     places = zip(latents.layer.tolist(), latents.position.tolist(), latents.index.tolist(), strict=True)
     return np.array([found[layer][position, index] for layer, position, index in places])

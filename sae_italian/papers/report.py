@@ -40,7 +40,8 @@ def image_of(name: str) -> str:
 # --- tables that a YAML describes ------------------------------------------------------------------------------------
 
 
-SHARED: dict[str, Any] = read_yaml(Path(__file__).with_name("shared.yaml"))  # tables and sections of several reports
+# Tables and sections that several reports have, by name.
+SHARED: dict[str, Any] = read_yaml(Path(__file__).with_name("shared.yaml"))
 
 
 def section_of(words: dict[str, Any], result: dict[str, Any], head: bool = False) -> Parts:
@@ -193,7 +194,8 @@ def _beside(axis: Any, dots: Any, key: str, title: str = "", looks: Sequence[dic
     places, series = dots["place"].unique().tolist(), dots.groupby("series", sort=False)
     for i, (name, some) in enumerate(series):
         value, low, high = pd.DataFrame(some[key].tolist())[["value", "lo", "hi"]].to_numpy(dtype=float).T
-        around = np.nan_to_num([value - low, high - value]).clip(0)  # what was not measured is NaN, and not drawn
+        # what was not measured is NaN, and not drawn
+        around = np.nan_to_num([value - low, high - value]).clip(0)
         x = [places.index(place) + 0.8 * ((i + 0.5) / len(series) - 0.5) for place in some["place"]]
         style = {"linestyle": "none", "markersize": 4.5, "elinewidth": 1, "label": name, **looks[i % len(looks)]}
         axis.errorbar(x, value, yerr=around, **style)
