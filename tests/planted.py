@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 from sae_italian.analysis.labels import GoldWords
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.cache.build import transpose
-from sae_italian.cache.shards import Sparse, write_activations
+from sae_italian.cache.shards import write_activations
 from sae_italian.cache.stats import write_statistics
 
 
@@ -29,16 +30,12 @@ def planted_cache(
     position = np.concatenate(positions)
     latent = np.repeat(np.arange(len(positions)), [len(p) for p in positions])
     value = np.concatenate(values) if values is not None else np.ones(len(position))
-    order = np.lexsort((latent, position))
-    position, latent, value = position[order], latent[order], value[order]
-    first = 0
-    for shard in manifest.shards:
-        n = shard.n_windows * manifest.context_size
-        here = (position >= first) & (position < first + n)
-        counts = np.bincount(position[here] - first, minlength=n)
-        sparse = Sparse(counts, latent[here], value[here].astype(np.float32))
-        write_activations(folder, shard.index, sparse, len(positions)).enter(shard)
-        first += n
+    acts = csr_array((value.astype(np.float32), (position, latent)), (base.n_positions, len(positions)))
+    size = manifest.windows_per_shard * manifest.context_size
+    manifest.shards = [
+        write_activations(folder, shard, acts[shard.index * size : (shard.index + 1) * size])
+        for shard in manifest.shards
+    ]
     transpose(folder, manifest)
     sae = types.SimpleNamespace(W_dec=torch.randn(len(positions), model.config.hidden_size))
     write_statistics(folder, manifest, sae, model)

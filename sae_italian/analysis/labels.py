@@ -98,14 +98,12 @@ class GoldWords:
     def activations(self, cache: FeatureCache) -> scipy.sparse.csr_array:
         """Return the largest activation of every latent on any token of each word, [words, latents]."""
         d_sae, parts = cache.manifest.d_sae, []
-        for first, indptr, position, value in cache.entries(0, d_sae - 1):
-            latent, word = (
-                np.repeat(np.arange(first, first + len(indptr) - 1), np.diff(indptr)),
-                self.word_of_position[position],
-            )
-            place, inverse = np.unique((word * d_sae + latent)[word >= 0], return_inverse=True)
+        for first, acts in cache.entries(0, d_sae - 1):
+            found = acts.tocoo()
+            word = self.word_of_position[found.col]
+            place, inverse = np.unique((word * d_sae + first + found.row)[word >= 0], return_inverse=True)
             largest = np.zeros(len(place), dtype=np.float32)
-            np.maximum.at(largest, inverse, value[word >= 0])
+            np.maximum.at(largest, inverse, found.data[word >= 0])
             parts.append((place, largest))
         place, largest = map(np.concatenate, zip(*parts, strict=True))
         return scipy.sparse.csr_array((largest, np.divmod(place, d_sae)), shape=(len(self.doc_of_word), d_sae))

@@ -92,15 +92,15 @@ class Live:
             raise Refused(*EMPTY)
         batch = torch.from_numpy(ids)[None].to(self.model.device)
         x = read_activations(self.model, batch, self.sae.cfg.metadata.hook_name)
-        found = encode_sparse(self.sae, x[0], silent)
+        found = encode_sparse(self.sae, x[0], silent).tocoo()
         spans = np.array(encoded["offset_mapping"][:limit])[~silent]
         cut, _, owner = pieces(sentence[: int(spans[:, 1].max())], spans, np.zeros(len(spans)))
-        piece = np.array(owner)[np.repeat(np.cumsum(~silent) - 1, found.counts)]
-        order = np.lexsort((piece, found.latent, -found.value))
+        piece = np.array(owner)[(np.cumsum(~silent) - 1)[found.row]]
+        order = np.lexsort((piece, found.col, -found.data))
         # of the tokens of one piece, the strongest counts
-        _, first = np.unique(found.latent[order].astype(np.int64) * len(cut) + piece[order], return_index=True)
+        _, first = np.unique(found.col[order].astype(np.int64) * len(cut) + piece[order], return_index=True)
         order = order[np.sort(first)]
-        ranked = list(zip(*(a[order].tolist() for a in (piece, found.latent, found.value)), strict=True))
+        ranked = list(zip(*(a[order].tolist() for a in (piece, found.col, found.data)), strict=True))
         n_pieces, shown, strongest = Counter(latent for _, latent, _ in ranked), [[] for _ in cut], {}
         for place, latent, value in ranked:
             shown[place].append((latent, rounded(value)))

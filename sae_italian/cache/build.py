@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_array, hstack
 
 from sae_italian.base.errors import UsageError, check_whole
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import check_claim, claimed, fingerprint, package_versions, path_of, remove
 from sae_italian.cache import layout
-from sae_italian.cache.layout import LatentRange, Manifest, full_values, map_arrays, shard_file, write_arrays
-from sae_italian.cache.shards import EncodeJob, encode_shard, pointers, share_tokens, write_token_shards
+from sae_italian.cache.layout import Csr, LatentRange, Manifest, full_values, map_arrays, shard_file, write_arrays
+from sae_italian.cache.shards import EncodeJob, encode_shard, share_tokens, write_token_shards
 from sae_italian.cache.stats import write_statistics
 from sae_italian.corpora import Split
 from sae_italian.corpora.pretokenize import CachedActivations, holds_activations
@@ -164,16 +165,13 @@ def _build(job: EncodeJob, manifests: list[Manifest], run_units: UnitMap, at_mos
         share_tokens(job.folders[source], manifests[source].shards, folder, manifest)
     todo = [i for i, each in enumerate(manifests) if not all(shard.encoded for shard in each.shards)]
     of_folder = {job.folders[i]: manifests[i] for i in todo}
-    missing = [
-        shard.index
-        for shard in manifests[source].shards
-        if not all(manifest.shards[shard.index].encoded for manifest in of_folder.values())
-    ]
+    of_shard = zip(*(manifest.shards for manifest in of_folder.values()), strict=True)
+    missing = [each[0] for each in of_shard if not all(shard.encoded for shard in each)]
     part = replace(job, folders=tuple(of_folder), saes=tuple(job.saes[i] for i in todo))
     found = run_units(partial(encode_shard, part), missing) if missing else ()
     for records in as_they_come(found, "encode", "shard", len(missing), of_folder):
-        for record in records:
-            record.enter(of_folder[record.folder].shards[record.index])
+        for manifest, record in zip(of_folder.values(), records, strict=True):
+            manifest.shards[record.index] = record
     for sae, folder, manifest in zip(job.saes, job.folders, manifests, strict=True):
         if not manifest.complete:
             finish_cache(folder, manifest, sae, job.model, run_units)
@@ -228,24 +226,21 @@ def transpose_range(folder: Path, manifest: Manifest, bounds: tuple[int, int]) -
 
     Raises: DataError naming a run that cannot be read.
     """
-    first, last = bounds
-    # 32 bits are enough for four billion positions
-    base = layout.smallest_uint(max(2**32, manifest.n_positions) - 1)(0)
-    latents, positions, values = [], [], []
-    for shard in manifest.shards:  # one run is mapped at a time: each holds a file open, and there may be thousands
+    (first, last), parts = bounds, []
+    for shard in manifest.shards:
         run = map_arrays(folder / shard_file("runs", shard.index))
         indptr = run["indptr"][first : last + 2].astype(np.int64)
         begin, end = indptr[[0, -1]].tolist()
-        latents.append(np.repeat(np.arange(last + 1 - first, dtype=np.uint16), np.diff(indptr)))
-        positions.append(run["row"][begin:end] + base)
-        values.append(full_values(run, begin, end))
-        base += base.dtype.type(shard.n_windows * manifest.context_size)
-    latent = np.concatenate(latents)
-    by_latent = np.argsort(latent, kind="stable")  # of 16 bits: a counting sort, in the corpus' order
+        found = full_values(run, begin, end), run["row"][begin:end], indptr - begin
+        # a copy: what is mapped holds its file open, and there may be thousands
+        shape = last + 1 - first, shard.n_windows * manifest.context_size
+        parts.append(csr_array(found, shape, copy=True))
+    acts: Csr = hstack(parts, "csr")
     arrays = {
-        "indptr": pointers(latent, last + 1 - first),
-        "position": np.concatenate(positions)[by_latent],
-        **layout.halves(np.concatenate(values)[by_latent]),
+        "indptr": acts.indptr.astype(np.uint64),
+        # 32 bits are enough for four billion positions
+        "position": acts.indices.astype(layout.smallest_uint(max(2**32, manifest.n_positions) - 1)),
+        **layout.halves(acts.data),
     }
-    item = LatentRange(first=first, last=last, nnz=len(latent), sha256="")
+    item = LatentRange(first=first, last=last, nnz=acts.nnz, sha256="")
     return item.model_copy(update={"sha256": write_arrays(folder, item.file, arrays)})

@@ -34,14 +34,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+from scipy.sparse import csr_array, vstack
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, claimed, fingerprint, package_versions, path_of, read_json, write_text
 from sae_italian.cache.build import as_they_come, claimed_cache, default_windows, finish_cache, sae_facts
-from sae_italian.cache.layout import FP16_MAX, Manifest, map_arrays, tokenizer_hash, write_arrays
+from sae_italian.cache.layout import FP16_MAX, Csr, Manifest, map_arrays, tokenizer_hash, write_arrays
 from sae_italian.cache.read import FeatureCache
-from sae_italian.cache.shards import Sparse, decoded_blocks, write_activations, write_token_shard
+from sae_italian.cache.shards import decoded_blocks, write_activations, write_token_shard
 from sae_italian.cache.stats import arrow
 from sae_italian.models.hooks import parse_hook_name
 
@@ -116,19 +117,12 @@ def split_bounds(first: int, last: int, n_splits: int) -> list[tuple[int, int]]:
 
 
 def _split(cache: FeatureCache, first: int, last: int) -> dict[str, np.ndarray]:
-    positions, latents, values = [], [], []
-    for begin, indptr, position, value in cache.entries(first, last):
-        keep = value > THRESHOLD
-        local = np.repeat(np.arange(len(indptr) - 1) + (begin - first), np.diff(indptr))
-        positions.append(position[keep].astype(np.int64))
-        latents.append(local[keep])
-        values.append(np.minimum(value[keep], FP16_MAX).astype(np.float16))
-    position, latent = np.concatenate(positions), np.concatenate(latents)
-    order = np.argsort(position, kind="stable")  # latents ascend within a position, as in torch.nonzero
-    locations = np.stack([*np.divmod(position[order], cache.manifest.context_size), latent[order]], axis=1)
+    acts: Any = vstack([acts for _, acts in cache.entries(first, last)]).tocsc().tocoo()  # by token, latents ascending
+    keep = acts.data > THRESHOLD
+    locations = np.stack([*np.divmod(acts.col, cache.manifest.context_size), acts.row], axis=1)[keep]
     return {
         "locations": locations.astype(np.uint16 if locations.max(initial=0) < 2**16 else np.uint32),
-        "activations": np.concatenate(values)[order],
+        "activations": np.minimum(acts.data[keep], FP16_MAX).astype(np.float16),
         "tokens": cache.tokens.astype(np.int64).reshape(-1, cache.manifest.context_size),
     }
 
@@ -180,10 +174,10 @@ def _write_dataset(folder: Path, batches: Iterator[Any]) -> None:
 
 
 def _latents(cache: FeatureCache, first: int, last: int) -> Iterator[Any]:
-    for begin, indptr, position, value in cache.entries(first, last):
-        rows = cache.table.slice(begin, len(indptr) - 1).combine_chunks()
-        rows = rows.append_column("positions", arrow(position, indptr))
-        yield rows.append_column("values", arrow(value, indptr))
+    for begin, acts in cache.entries(first, last):
+        rows = cache.table.slice(begin, acts.shape[0]).combine_chunks()
+        rows = rows.append_column("positions", arrow(acts.indices.astype(np.uint32), acts.indptr))
+        yield rows.append_column("values", arrow(acts.data, acts.indptr))
 
 
 def _windows(cache: FeatureCache) -> Iterator[Any]:
@@ -302,10 +296,10 @@ def import_delphi(
             manifest.shards = [write_token_shard(out, index, block) for index, block in blocks]
             manifest.tokens_complete = True
             manifest.save(out)
-        missing = [shard.index for shard in manifest.shards if not shard.encoded]
-        written = (write_activations(out, n, _shard(splits, manifest, n), d_sae) for n in missing)
+        missing = [shard for shard in manifest.shards if not shard.encoded]
+        written = (write_activations(out, shard, _shard(splits, manifest, shard.index)) for shard in missing)
         for record in as_they_come(written, "activations", "shard", len(missing), {out: manifest}):
-            record.enter(manifest.shards[record.index])
+            manifest.shards[record.index] = record
         if not manifest.complete:
             finish_cache(out, manifest, sae, model)
     lost = [*LOST, *[NO_TEXT] * (tokenizer is None), *[NO_SAE] * (sae is None)]
@@ -357,17 +351,16 @@ def _tokens(splits: list[DelphiSplit], config: dict[str, Any], source: Path) -> 
     return tokens
 
 
-def _shard(splits: list[DelphiSplit], manifest: Manifest, index: int) -> Sparse:
-    """Return a shard's positive activations out of all splits, token by token."""
+def _shard(splits: list[DelphiSplit], manifest: Manifest, index: int) -> Csr:
+    """Return a shard's positive activations [tokens, d_sae] out of all splits."""
     parts = [(split, slice(*split.edges[index : index + 2])) for split in splits]
     value = np.concatenate([split.values[here].astype(np.float32) for split, here in parts])
     locations = [split.locations[here].astype(np.int64) + (0, 0, split.first) for split, here in parts]
     window, place, latent = np.concatenate(locations)[value > 0].T
-    value = np.where(np.isposinf(value), np.float32(FP16_MAX), value)[value > 0]
     position = (window - index * manifest.windows_per_shard) * manifest.context_size + place
-    order = np.lexsort((latent, position))
-    counts = np.bincount(position, minlength=manifest.shards[index].n_windows * manifest.context_size)
-    return Sparse(counts, latent[order], value[order])
+    value = np.where(np.isposinf(value), np.float32(FP16_MAX), value)[value > 0]
+    shape = manifest.shards[index].n_windows * manifest.context_size, manifest.d_sae
+    return csr_array((value, (position, latent)), shape)
 
 
 def _manifest(

@@ -43,6 +43,7 @@ _DTYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "
 
 Size = Annotated[int, Field(ge=1, le=2**31)]
 Number = Annotated[int, Field(ge=0, le=2**62)]
+Csr = Any  # scipy's csr_array, of which type checkers know neither the shape nor what stacking gives
 
 
 class ShardRecord(BaseModel, extra="forbid"):

@@ -18,12 +18,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+from scipy.sparse import csr_array
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import OURS, Picture, framed, svg
 from sae_italian.base.storage import path_of
 from sae_italian.cache import layout
-from sae_italian.cache.layout import STATS, LatentRange, Manifest, full_values, map_arrays, shard_file
+from sae_italian.cache.layout import STATS, Csr, LatentRange, Manifest, full_values, map_arrays, shard_file
 from sae_italian.cache.passages import LatentActivations
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.corpora.stream import TextDocument
@@ -237,15 +238,16 @@ class FeatureCache:
         position = arrays["position"][begin:end].astype(np.int64)
         return LatentActivations(self, latent, position, full_values(arrays, begin, end))
 
-    def entries(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield, file by file, what latents first to last have: the first of them, indptr, position, value (fp32)."""
+    def entries(self, first: int, last: int) -> Iterator[tuple[int, Csr]]:
+        """Yield, file by file, the activations [latents, positions] of latents first to last, and the first of them."""
         for item in self.manifest.ranges:
             begin, end = max(first, item.first), min(last, item.last)
             if begin <= end:
                 arrays = self._map(item.file)
                 indptr = arrays["indptr"][begin - item.first : end - item.first + 2].astype(np.int64)
-                here = slice(*indptr[[0, -1]].tolist())
-                yield begin, indptr - indptr[0], arrays["position"][here], full_values(arrays, here.start, here.stop)
+                low, high = indptr[[0, -1]].tolist()
+                found = full_values(arrays, low, high), arrays["position"][low:high], indptr - low
+                yield begin, csr_array(found, (end - begin + 1, self.n_positions))
 
     @cached_property
     def table(self) -> Any:

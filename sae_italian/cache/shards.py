@@ -12,17 +12,27 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import remove
-from sae_italian.cache.layout import Manifest, ShardRecord, halves, map_arrays, shard_file, smallest_uint, write_arrays
+from sae_italian.cache.layout import (
+    Csr,
+    Manifest,
+    ShardRecord,
+    halves,
+    map_arrays,
+    shard_file,
+    smallest_uint,
+    write_arrays,
+)
 from sae_italian.corpora import PackedBlock, TextDocument, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, take_tokens
 from sae_italian.corpora.pretokenize import CachedActivations
@@ -119,21 +129,6 @@ def share_tokens(source: Path, shards: list[ShardRecord], out: Path, manifest: M
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
-class ActsRecord(NamedTuple):
-    """What the manifest of one cache must learn of an encoded shard."""
-
-    folder: Path
-    index: int
-    nnz: int
-    n_wide: int
-    sha256: str
-
-    def enter(self, shard: ShardRecord) -> None:
-        """Write it into the shard's record of the manifest."""
-        shard.nnz, shard.n_wide = self.nnz, self.n_wide
-        shard.sha256[shard_file("acts", self.index)] = self.sha256
-
-
 @dataclass(frozen=True)
 class EncodeJob:
     """What all shards of a build share: the cache folders, the SAE of each, the model. It can be pickled.
@@ -161,68 +156,54 @@ def _unpickled(folders: tuple[Path, ...], parts: list[tuple[Any, Any, Any]], *re
     return EncodeJob(folders, tuple(saes), *rest)
 
 
-class Sparse(NamedTuple):
-    """The non-zero latents of some tokens, row by row, latents ascending in a row."""
-
-    counts: Int[np.ndarray, " tokens"]
-    latent: Int[np.ndarray, " nnz"]
-    value: Float[np.ndarray, " nnz"]
-
-
 @torch.no_grad()
-def encode_shard(job: EncodeJob, index: int) -> list[ActsRecord]:
-    """Write the activations of one shard for every SAE of the job; return a record for each.
+def encode_shard(job: EncodeJob, shard: ShardRecord) -> list[ShardRecord]:
+    """Write the activations of one shard for every SAE of the job; return the shard's record in the manifest of each.
 
     Raises: DataError for a token shard that cannot be read, and for an SAE that gives NaN or infinity.
     """
-    tokens = map_arrays(job.folders[0] / shard_file("tokens", index))["tokens"].astype(np.int64)
+    tokens = map_arrays(job.folders[0] / shard_file("tokens", shard.index))["tokens"].astype(np.int64)
     special = special_mask(tokens, job.model.tokenizer)
     hooks = [sae.cfg.metadata.hook_name for sae in job.saes]
-    parts: list[list[Sparse]] = [[] for _ in job.saes]
+    parts: list[list[Csr]] = [[] for _ in job.saes]
     step = max(1, min(FORWARD_WINDOWS, FORWARD_TOKENS // tokens.shape[1]))
     for first in range(0, len(tokens), step):
         here = slice(first, first + step)
         if job.cached is None:
             acts = read_many(job.model, torch.from_numpy(tokens[here]).to(job.model.device), hooks)
         else:
-            start = index * job.windows_per_shard + first
+            start = shard.index * job.windows_per_shard + first
             acts = {hook: job.cached.read(hook, start, len(tokens[here])) for hook in hooks}
         silent = special[here].ravel()
         for hook, sae, found in zip(hooks, job.saes, parts, strict=True):
             found.append(encode_sparse(sae, acts[hook].flatten(0, 1), silent))
-    return [
-        write_activations(folder, index, joined(found), sae.cfg.d_sae)
-        for folder, sae, found in zip(job.folders, job.saes, parts, strict=True)
-    ]
+    whole = (vstack(found, "csr") for found in parts)
+    return [write_activations(folder, shard, acts) for folder, acts in zip(job.folders, whole, strict=True)]
 
 
-def joined(parts: list[Sparse]) -> Sparse:
-    return Sparse(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-def write_activations(folder: Path, index: int, sparse: Sparse, d_sae: int) -> ActsRecord:
-    """Write a shard's activations by token, and the same sorted by latent for the transposition."""
-    if not np.isfinite(sparse.value).all():
-        raise DataError(f"the SAE of {folder} gives NaN or infinity on shard {index}; check it with `saes doctor`.")
-    latent, n_tokens = sparse.latent.astype(smallest_uint(d_sae - 1)), len(sparse.counts)
+def write_activations(folder: Path, shard: ShardRecord, acts: Csr) -> ShardRecord:
+    """Write a shard's activations [tokens, d_sae] by token, and by latent for the transposition; return its record."""
+    if not np.isfinite(acts.data).all():
+        raise DataError(
+            f"the SAE of {folder} gives NaN or infinity on shard {shard.index}; check it with `saes doctor`."
+        )
     arrays = {
-        "indptr": np.concatenate([[0], np.cumsum(sparse.counts)]).astype(smallest_uint(max(2**17, len(sparse.value)))),
-        "latent": latent,
-        **halves(sparse.value),
+        "indptr": acts.indptr.astype(smallest_uint(max(2**17, acts.nnz))),
+        "latent": acts.indices.astype(smallest_uint(acts.shape[1] - 1)),
+        **halves(acts.data),
     }
-    digest = write_arrays(folder, shard_file("acts", index), arrays)
-    row = np.repeat(np.arange(n_tokens, dtype=smallest_uint(max(n_tokens - 1, 0))), sparse.counts)
-    by_latent = np.argsort(latent, kind="stable")  # which keeps the corpus' order within a latent
-    run = {"indptr": pointers(latent, d_sae), "row": row[by_latent], **halves(sparse.value[by_latent])}
-    write_arrays(folder, shard_file("runs", index), run)
-    return ActsRecord(folder, index, len(sparse.value), len(arrays["wide_at"]), digest)
+    file, by_latent = shard_file("acts", shard.index), acts.tocsc()
+    sha256 = {**shard.sha256, file: write_arrays(folder, file, arrays)}
+    run = {"indptr": by_latent.indptr, "row": by_latent.indices, **halves(by_latent.data)}
+    write_arrays(folder, shard_file("runs", shard.index), run)
+    return shard.model_copy(update={"nnz": acts.nnz, "n_wide": len(arrays["wide_at"]), "sha256": sha256})
 
 
 # --- from activations to non-zero latents ----------------------------------------------------------------------------
 
 
-def encode_sparse(sae: Any, x: Float[Tensor, "tokens d_in"], silent: np.ndarray) -> Sparse:
-    """Return the positive latents of `sae.encode(x)`, none at the tokens that are `silent`, a chunk of tokens at a time.
+def encode_sparse(sae: Any, x: Float[Tensor, "tokens d_in"], silent: np.ndarray) -> Csr:
+    """Return the positive latents of `sae.encode(x)` [tokens, d_sae], none at the tokens that are `silent`, in chunks.
 
     A TopK SAE is read before its activation function: the k largest are taken as they are, and the dense result with
     its zeros is never made.
@@ -235,11 +216,11 @@ def encode_sparse(sae: Any, x: Float[Tensor, "tokens d_in"], silent: np.ndarray)
         for first in range(0, max(1, len(x)), rows):
             mute = silent[first : first + rows]
             dense = sae.encode(x[first : first + rows].to(sae.device, sae.dtype))
-            parts.append(Sparse(*top_positive(dense, k, mute)) if k else _positive(dense, mute))
+            parts.append(csr_array(top_positive(dense, k, mute) if k else _positive(dense, mute), dense.shape))
     finally:
         if k:
             sae.activation_fn = activation
-    return joined(parts)
+    return vstack(parts, "csr")
 
 
 def topk_of(sae: Any) -> int | None:
@@ -250,16 +231,15 @@ def topk_of(sae: Any) -> int | None:
     return int(sae.activation_fn.k) if plain and type(sae.activation_fn) is TopK else None
 
 
-def _positive(acts: Float[Tensor, "tokens d_sae"], mute: Bool[np.ndarray, " tokens"]) -> Sparse:
+def _positive(
+    acts: Float[Tensor, "tokens d_sae"], mute: Bool[np.ndarray, " tokens"]
+) -> tuple[Float[np.ndarray, " nnz"], Int[np.ndarray, " nnz"], Int[np.ndarray, " tokens+1"]]:
+    """Return what `top_positive` does, of all latents."""
     acts = acts.clamp_(min=0)
     acts[torch.from_numpy(mute).to(acts.device)] = 0
     rows, columns = acts.nonzero(as_tuple=True)
-    counts = torch.bincount(rows, minlength=len(acts)).cpu().numpy()
-    return Sparse(counts, columns.cpu().numpy(), acts[rows, columns].float().cpu().numpy())
-
-
-def pointers(latent: Int[np.ndarray, " nnz"], n_latents: int) -> Int[np.ndarray, " latents+1"]:
-    return np.concatenate([[0], np.cumsum(np.bincount(latent, minlength=n_latents))]).astype(np.uint64)
+    indptr = np.append(0, torch.bincount(rows, minlength=len(acts)).cumsum(0).cpu().numpy())
+    return acts[rows, columns].float().cpu().numpy(), columns.cpu().numpy(), indptr
 
 
 # --- windows of which only the tokens are known ----------------------------------------------------------------------

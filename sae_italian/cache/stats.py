@@ -4,24 +4,23 @@ A range of latents is done at once: no step goes latent by latent. What stands n
 fire on the same tokens, decoder directions, and the tokens these promote.
 """
 
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import atomic_path, sha256_file
-from sae_italian.cache.layout import STATS, LatentRange, Manifest, places
+from sae_italian.cache.layout import STATS, Csr, Manifest, places
 from sae_italian.cache.read import FeatureCache
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models.activations import logit_lens
 
-TOP_TOKENS = 10
 N_BINS = 20
 N_PLACES = 10
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -29,28 +28,6 @@ TOP = 10  # of each kind that are listed
 SAMPLE = 2048  # activations looked at, evenly spaced, of a latent that has more
 GATHERED = 2**22  # about as many entries are gathered at a time
 BLOCK_BYTES = 2**27  # of a product with the decoder
-
-
-class TextCounts(NamedTuple):
-    """What the statistics need of the whole text."""
-
-    tokens: Int[np.ndarray, " positions"]
-    doc: Int[np.ndarray, " positions"]
-    token_counts: Int[np.ndarray, " vocab"]  # of counted tokens: those of documents
-
-    @property
-    def n_counted(self) -> int:
-        return int(self.token_counts.sum())
-
-
-class Entries(NamedTuple):
-    """The non-zeros of a range, latent after latent: `row` is latent - first."""
-
-    indptr: Int[np.ndarray, " latents+1"]
-    count: Int[np.ndarray, " latents"]
-    row: Int[np.ndarray, " nnz"]
-    position: Int[np.ndarray, " nnz"]
-    value: Float[np.ndarray, " nnz"]
 
 
 def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> None:
@@ -70,58 +47,47 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     import pyarrow.parquet
 
     cache = FeatureCache(folder, manifest)
-    parts: dict[str, list[Any]] = {}
     counts = np.concatenate([np.diff(cache.map_file(item.file)["indptr"]) for item in manifest.ranges]).astype(np.int64)
-    tokenizer = getattr(model, "tokenizer", None)
-    text = _text_counts(cache, [] if tokenizer is None else tokenizer.all_special_ids)
-    for item in progress("statistics", manifest.ranges, unit="range"):
-        columns = _range_columns(cache, item, text) | cofiring_neighbours(cache, item, counts)
-        for name, column in columns.items():
-            parts.setdefault(name, []).append(arrow(column) if isinstance(column, np.ndarray) else column)
-    merged = {name: pa.concat_arrays(columns) for name, columns in parts.items()} | decoder_columns(
-        sae, model, manifest.d_sae
-    )
-    table = pa.table({"latent": np.arange(manifest.d_sae), **merged})
+    # no special tokens, where one is typed in a document neither: no latent is read there
+    special = getattr(getattr(model, "tokenizer", None), "all_special_ids", [])
+    n_of_token = np.bincount(cache.tokens[(cache.doc != NO_DOCUMENT) & ~np.isin(cache.tokens, special)])
+    parts = []
+    for first, acts in progress(
+        "statistics", cache.entries(0, manifest.d_sae - 1), total=len(manifest.ranges), unit="range"
+    ):
+        columns = {"latent": np.arange(first, first + acts.shape[0]), **_range_columns(cache, acts, n_of_token)}
+        parts.append(pa.table(columns | cofiring_neighbours(cache, first, acts, counts)))
+    table = pa.concat_tables(parts).combine_chunks()
+    for name, column in decoder_columns(sae, model, manifest.d_sae).items():
+        table = table.append_column(name, column)
     with atomic_path(folder / STATS) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
     manifest.stats_sha256 = sha256_file(folder / STATS)
 
 
 def arrow(array: np.ndarray, offsets: np.ndarray | None = None) -> Any:
-    """Return a column as an Arrow array: numbers, lists of equal length [rows, n], or flat lists cut at `offsets`."""
+    """Return an Arrow column of lists: the rows of a matrix, or a flat array cut at `offsets`."""
     import pyarrow as pa
 
-    if array.ndim == 2:
-        offsets = np.arange(len(array) + 1) * array.shape[1]
-    if offsets is None:
-        return pa.array(array)
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(array.ravel()))
+    edges = np.arange(len(array) + 1) * array.shape[1] if offsets is None else offsets
+    return pa.ListArray.from_arrays(pa.array(edges.astype(np.int32)), pa.array(array.ravel()))
 
 
-def _text_counts(cache: FeatureCache, special: list[int]) -> TextCounts:
-    """Count the tokens of documents; no special ones, where one is typed in a document neither: no latent is read there."""
-    counted = (cache.doc != NO_DOCUMENT) & ~np.isin(cache.tokens, special)
-    return TextCounts(cache.tokens, cache.doc, np.bincount(cache.tokens[counted]))
-
-
-def _range_columns(cache: FeatureCache, item: LatentRange, text: TextCounts) -> dict[str, Any]:
-    """Return the columns that need the activations of a range of latents."""
-    _, indptr, position, value = next(cache.entries(item.first, item.last))
-    count = np.diff(indptr)
-    row = np.repeat(np.arange(len(count), dtype=np.int32), count)
-    entries = Entries(indptr, count, row, position.astype(np.int64), value)
-    largest = np.zeros(len(count), dtype=np.float32)
-    np.maximum.at(largest, row, entries.value)
-    total = _sums(row, entries.value, len(count))
+def _range_columns(cache: FeatureCache, acts: Csr, n_of_token: Int[np.ndarray, " vocab"]) -> dict[str, Any]:
+    """Return the columns of a range of latents that need its activations [latents, positions]; `n_of_token`: in the text."""
+    n, count = acts.shape[0], np.diff(acts.indptr).astype(np.int64)
+    row = np.repeat(np.arange(n), count)
+    largest = acts.max(axis=1).toarray().ravel().astype(np.float64)
+    total = _sums(row, acts.data, n)
     return {
         "count": count,
-        "density": count / text.n_counted,
-        "max": largest.astype(np.float64),
+        "density": count / n_of_token.sum(),
+        "max": largest,
         "mean": total / np.maximum(count, 1),
-        "quantiles": _quantiles(entries),
-        "histogram": _histogram(entries, largest.astype(np.float64)),
-        **_places(entries, text, cache.manifest.context_size),
-        **_token_columns(entries, text, total),
+        "quantiles": arrow(_quantiles(acts, row)),
+        "histogram": arrow(_histogram(acts.data, row, largest)),
+        **_places(cache, acts.indices, row, np.maximum(count, 1)),
+        **_token_columns(cache.tokens[acts.indices], acts, total, n_of_token),
     }
 
 
@@ -130,69 +96,88 @@ def _sums(row: np.ndarray, weights: np.ndarray, n: int) -> Float[np.ndarray, " n
     return np.bincount(row, weights=weights, minlength=n).astype(np.float64)
 
 
-def _quantiles(entries: Entries) -> Float[np.ndarray, "latents quantiles"]:
+def _largest_first(
+    row: Int[np.ndarray, " n"], item: Int[np.ndarray, " n"], score: Float[np.ndarray, " n"], n_rows: int
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " kept"], Int[np.ndarray, " rows+1"]]:
+    """Return the order of entries row by row, the largest score first and of equals the lower item.
+
+    Also the places in that order of the TOP first of every row, and where each row's begin among these.
+    """
+    count = np.bincount(row, minlength=n_rows)
+    kept = np.minimum(count, TOP)
+    top, offsets = places(np.cumsum(count) - count, kept), np.append(0, np.cumsum(kept))
+    return np.lexsort((item, -score, row)), top, offsets
+
+
+def _quantiles(acts: Csr, row: Int[np.ndarray, " nnz"]) -> Float[np.ndarray, "latents quantiles"]:
     """Return the quantiles by linear interpolation, as numpy's; 0 for a latent that never fires."""
     # positive floats sort as their bits do, so one sort of integers sorts every latent's values
-    key = (entries.row.astype(np.uint64) << np.uint64(32)) | entries.value.view(np.uint32)
+    key = (row.astype(np.uint64) << np.uint64(32)) | acts.data.view(np.uint32)
     key.sort()
     value = (key & np.uint64(2**32 - 1)).astype(np.uint32).view(np.float32)
-    last = (entries.count[:, None] - 1).clip(min=0)
+    last = (np.diff(acts.indptr)[:, None] - 1).clip(min=0)
     place = last * np.array(QUANTILES)
     low = np.floor(place).astype(np.int64)
-    padded = np.append(value, np.float32(0)).astype(np.float64)
-    first = np.where(entries.count > 0, entries.indptr[:-1], len(value))[:, None]
-    a, b = (padded[np.minimum(first + at, len(value))] for at in (low, np.minimum(low + 1, last)))
-    return a + (b - a) * (place - low)
+    padded = np.append(value, np.zeros(1 + last.max(), np.float32)).astype(np.float64)
+    first = acts.indptr[:-1, None]
+    a, b = (padded[first + at] for at in (low, np.minimum(low + 1, last)))
+    return np.where(acts.indptr[1:, None] > first, a + (b - a) * (place - low), 0.0)
 
 
-def _histogram(entries: Entries, largest: Float[np.ndarray, " latents"]) -> Int[np.ndarray, "latents bins"]:
+def _histogram(
+    value: Float[np.ndarray, " nnz"], row: Int[np.ndarray, " nnz"], largest: Float[np.ndarray, " latents"]
+) -> Int[np.ndarray, "latents bins"]:
     """Return counts in equal bins from 0 to each latent's maximum, with numpy.histogram's edges."""
-    value, top = entries.value.astype(np.float64), largest[entries.row]
+    top = largest[row]
     index = np.minimum((value / top * N_BINS).astype(np.int64), N_BINS - 1)
     step = top / N_BINS
     index -= value < index * step
     index += (value >= (index + 1) * step) & (index < N_BINS - 1)
-    counts = np.bincount(entries.row.astype(np.int64) * N_BINS + index, minlength=len(largest) * N_BINS)
-    return counts.reshape(-1, N_BINS)
+    return np.bincount(row * N_BINS + index, minlength=len(largest) * N_BINS).reshape(-1, N_BINS)
 
 
-def _places(entries: Entries, text: TextCounts, context_size: int) -> dict[str, np.ndarray]:
+def _places(
+    cache: FeatureCache,
+    position: Int[np.ndarray, " nnz"],
+    row: Int[np.ndarray, " nnz"],
+    at_least_one: Int[np.ndarray, " latents"],
+) -> dict[str, Any]:
     """Return how many documents and windows hold each latent, and where in the window it fires."""
-    n, row, position = len(entries.count), entries.row, entries.position
-    new_latent = np.diff(row, prepend=-1) != 0
-    doc = text.doc[position]
+    context_size, n = cache.manifest.context_size, len(at_least_one)
     window, place = np.divmod(position, context_size)
-    profile = np.bincount(row.astype(np.int64) * N_PLACES + place * N_PLACES // context_size, minlength=n * N_PLACES)
-    first = (place == 0) | (text.doc[np.maximum(position - 1, 0)] == NO_DOCUMENT)
-    at_least_one = np.maximum(entries.count, 1)
+    profile = np.bincount(row * N_PLACES + place * N_PLACES // context_size, minlength=n * N_PLACES)
+    first = (place == 0) | (cache.doc[np.maximum(position - 1, 0)] == NO_DOCUMENT)
+
+    def different(what: Int[np.ndarray, " nnz"]) -> Int[np.ndarray, " latents"]:
+        begins = (np.diff(row, prepend=-1) != 0) | (np.diff(what, prepend=what[:1]) != 0)
+        return np.bincount(row[begins], minlength=n)
+
     return {
-        "n_documents": np.bincount(row[new_latent | (np.diff(doc, prepend=doc[:1]) != 0)], minlength=n),
-        "n_windows": np.bincount(row[new_latent | (np.diff(window, prepend=window[:1]) != 0)], minlength=n),
-        "position_profile": profile.reshape(n, N_PLACES) / at_least_one[:, None],
+        "n_documents": different(cache.doc[position]),
+        "n_windows": different(window),
+        "position_profile": arrow(profile.reshape(n, N_PLACES) / at_least_one[:, None]),
         "first_token_share": np.bincount(row[first], minlength=n) / at_least_one,
     }
 
 
-def _token_columns(entries: Entries, text: TextCounts, total: Float[np.ndarray, " latents"]) -> dict[str, Any]:
+def _token_columns(
+    token: Int[np.ndarray, " nnz"], acts: Csr, total: Float[np.ndarray, " latents"], n_of_token: np.ndarray
+) -> dict[str, Any]:
     """Return the tokens each latent fires on most, by share of its activation mass, and the entropy of all shares."""
-    n, tokens = len(entries.count), text.tokens[entries.position].astype(np.int32)
-    by_row = csr_matrix((entries.value.astype(np.float64), tokens, entries.indptr), (n, int(tokens.max(initial=0)) + 1))
+    n = acts.shape[0]
+    by_token = csr_array((acts.data.astype(np.float64), token, acts.indptr), (n, int(token.max(initial=0)) + 1))
     # two counting sorts put each latent's entries in order of token, and of position within a token
-    by_token = by_row.tocsc().tocsr()
+    by_token = by_token.tocsc().tocsr()
     by_token.sum_duplicates()
-    n_tokens, token = np.diff(by_token.indptr), by_token.indices.astype(np.int64)
-    owner = np.repeat(np.arange(n), n_tokens)
-    share = by_token.data / total[owner]
-    order = np.lexsort((-share, owner))  # which keeps the order of equals, the tokens'
-    owner, token, share = owner[order], token[order], share[order]
-    rank = np.arange(len(owner)) - np.repeat(np.cumsum(n_tokens) - n_tokens, n_tokens)
-    top = rank < TOP_TOKENS
-    offsets = np.concatenate([[0], np.cumsum(np.minimum(n_tokens, TOP_TOKENS))])
+    row, token = np.repeat(np.arange(n), np.diff(by_token.indptr)), by_token.indices.astype(np.int64)
+    share = by_token.data / total[row]
+    order, top, offsets = _largest_first(row, token, share, n)
+    token, share = token[order], share[order]
     return {
         "token_ids": arrow(token[top], offsets),
         "token_shares": arrow(share[top], offsets),
-        "token_lifts": arrow(share[top] / (text.token_counts[token[top]] / text.n_counted), offsets),
-        "token_entropy": _sums(owner, -share * np.log(share), n),
+        "token_lifts": arrow(share[top] / (n_of_token[token[top]] / n_of_token.sum()), offsets),
+        "token_entropy": _sums(row, -share * np.log(share), n),
     }
 
 
@@ -200,66 +185,54 @@ def _token_columns(entries: Entries, text: TextCounts, total: Float[np.ndarray, 
 
 
 def cofiring_neighbours(
-    cache: FeatureCache, item: LatentRange, counts: Int[np.ndarray, " d_sae"]
-) -> dict[str, np.ndarray]:
-    """Return for each latent of a range the ids and Jaccard indices of the 10 latents that share most tokens with it.
+    cache: FeatureCache, first: int, acts: Csr, counts: Int[np.ndarray, " d_sae"]
+) -> dict[str, Any]:
+    """Return for the latents of a range, from `first` on, ids and Jaccard indices of the 10 that share most tokens with each.
 
     Jaccard is tokens with both / tokens with either: exact for a latent with at most SAMPLE activations, else the
     shared tokens are estimated from that many. Latents that share no token are not listed. `counts` is how often every
     latent fires; only the tokens on which a latent fires are looked at.
     """
-    arrays = cache.map_file(item.file)
-    indptr = arrays["indptr"].astype(np.int64)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    per_token = max(1.0, cache.manifest.nnz / max(1, cache.manifest.n_positions))
-    bounds = [(begin, end, min(SAMPLE, end - begin)) for begin, end in pairwise(indptr.tolist())]
-    taken = [begin + np.arange(n) * (end - begin) // max(1, n) for begin, end, n in bounds]  # evenly spaced
+    own = counts[first : first + acts.shape[0]]
+    n = np.minimum(own, SAMPLE)
+    spaced = places(np.zeros_like(n), n) * np.repeat(own, n) // np.repeat(n, n)
+    position, begins = acts.indices[np.repeat(acts.indptr[:-1], n) + spaced], np.append(0, np.cumsum(n))
     # at a time as many latents as together have about GATHERED / per_token activations
-    batch = np.cumsum([0, *map(len, taken)]) // max(1, int(GATHERED / per_token))
-    for _, rows in groupby(range(len(taken)), batch.__getitem__):
-        latents = [item.first + row for row in rows]
-        entries = [taken[latent - item.first] for latent in latents]
-        shared = _shared(cache, [arrays["position"][entry].astype(np.int64) for entry in entries])
-        for latent, entry, (begin, end) in zip(latents, entries, pairwise(map(int, shared.indptr)), strict=True):
-            both = shared.data[begin:end] * (counts[latent] / max(1, len(entry)))
-            found.append(_most_shared(latent, shared.indices[begin:end], both, counts))
-    ids, scores = zip(*found, strict=True)
-    offsets = np.cumsum([0, *map(len, ids)])
+    per_token = max(1.0, cache.manifest.nnz / max(1, cache.manifest.n_positions))
+    batch = begins[:-1] // max(1, int(GATHERED / per_token))
+    found = []
+    for begin, end in pairwise([*np.flatnonzero(np.diff(batch, prepend=-1)).tolist(), len(n)]):
+        here = slice(begins[begin], begins[end])
+        shared = _shared(cache, position[here], begins[begin : end + 1] - begins[begin])
+        size, other = np.diff(shared.indptr), shared.indices
+        row = np.repeat(np.arange(begin, end), size)
+        both = np.minimum(shared.data * (own / np.maximum(n, 1))[row], counts[other])
+        jaccard = np.where(other == first + row, -1.0, both / (own[row] + counts[other] - both))
+        each = np.split(jaccard, shared.indptr[1:-1])
+        least = [np.partition(some, -TOP)[-TOP] if len(some) > TOP else 0.0 for some in each]
+        near = jaccard >= np.repeat(least, size)
+        found.append((row[near], other[near], jaccard[near]))
+    row, other, jaccard = map(np.concatenate, zip(*found, strict=True))
+    order, top, offsets = _largest_first(row, other, jaccard, len(n))
     return {
-        "cofiring_ids": arrow(np.concatenate(ids).astype(np.int64), offsets),
-        "cofiring_jaccard": arrow(np.concatenate(scores).astype(np.float64), offsets),
+        "cofiring_ids": arrow(other[order][top].astype(np.int64), offsets),
+        "cofiring_jaccard": arrow(jaccard[order][top], offsets),
     }
 
 
-def _shared(cache: FeatureCache, positions: list[np.ndarray]) -> csr_matrix:
+def _shared(cache: FeatureCache, position: Int[np.ndarray, " n"], begins: Int[np.ndarray, " latents+1"]) -> Csr:
     """Return [latents, d_sae]: on how many of each latent's positions every other latent fires."""
-    where, row = np.unique(np.concatenate(positions), return_inverse=True)
-    per_row, latents = [np.zeros(1, dtype=np.int64)], [np.empty(0, dtype=np.int32)]
+    where, column = np.unique(position, return_inverse=True)
+    sizes, latents = [np.zeros(1, dtype=np.int64)], [np.empty(0, dtype=np.int32)]
     for shard, _, place in cache.by_shard(where):
         arrays = cache.shard_acts(shard)
         begin = arrays["indptr"][place].astype(np.int64)
-        per_row.append(arrays["indptr"][place + 1].astype(np.int64) - begin)
-        latents.append(arrays["latent"][places(begin, per_row[-1])].astype(np.int32))
-    latent, rows = np.concatenate(latents), np.cumsum(np.concatenate(per_row))
-    d_sae = cache.manifest.d_sae
-    on_token = csr_matrix((np.ones(len(latent), dtype=np.int32), latent, rows), shape=(len(where), d_sae))
-    own = (np.ones(len(row), dtype=np.int32), row.astype(np.int32), np.cumsum([0, *map(len, positions)]))
-    return csr_matrix(own, shape=(len(positions), len(where))) @ on_token
-
-
-def _most_shared(
-    latent: int, other: Int[np.ndarray, " n"], both: np.ndarray, counts: Int[np.ndarray, " d_sae"]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids and Jaccard indices of the nearest others, nearest first; the lower id first where two are equal."""
-    both = np.minimum(both, counts[other])
-    jaccard = np.where(other == latent, -1.0, both / (counts[latent] + counts[other] - both))
-    n = min(TOP, len(other))
-    if n == 0:
-        return other, jaccard
-    near = np.flatnonzero(jaccard >= np.partition(jaccard, len(jaccard) - n)[len(jaccard) - n])
-    near = near[np.lexsort((other[near], -jaccard[near]))][:n]
-    near = near[jaccard[near] >= 0]
-    return other[near], jaccard[near]
+        sizes.append(arrays["indptr"][place + 1].astype(np.int64) - begin)
+        latents.append(arrays["latent"][places(begin, sizes[-1])].astype(np.int32))
+    latent, rows = np.concatenate(latents), np.cumsum(np.concatenate(sizes))
+    on_token = csr_array((np.ones(len(latent), np.int32), latent, rows), (len(where), cache.manifest.d_sae))
+    own = csr_array((np.ones(len(column), np.int32), column, begins), (len(begins) - 1, len(where)))
+    return own @ on_token
 
 
 # --- decoder directions ----------------------------------------------------------------------------------------------

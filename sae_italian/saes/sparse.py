@@ -218,18 +218,19 @@ def largest(scores: Float[Tensor, "rows n"], k: int) -> Int[Tensor, "rows k"]:
 
 def top_positive(
     pre: Float[Tensor, "tokens d_sae"], k: int, mute: Bool[np.ndarray, " tokens"]
-) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " nnz"], Float[np.ndarray, " nnz"]]:
-    """Return, for every token that is not mute, how many of its k largest values are positive, which and what they are.
+) -> tuple[Float[np.ndarray, " nnz"], Int[np.ndarray, " nnz"], Int[np.ndarray, " tokens+1"]]:
+    """Return the positive ones of the k largest values of every token that is not mute: the parts of a CSR matrix.
 
-    Columns ascend within a token. The values are those `torch.topk` takes, also where equal ones compete for the last
-    place. NaN and infinity count as positive, for the caller to refuse.
+    They are values, columns, and where each token's begin; columns ascend within a token. The values are those that
+    `torch.topk` takes, also where equal ones compete for the last place. NaN and infinity count as positive, for the
+    caller to refuse.
     """
     values, columns = pre.topk(k, dim=-1, sorted=False)
     columns, order = columns.sort(dim=-1)
     value, column = values.gather(-1, order).float().cpu().numpy(), columns.cpu().numpy()
     keep = ~(value <= 0)
     keep[mute] = False
-    return keep.sum(axis=1), column[keep], value[keep]
+    return value[keep], column[keep], np.append(0, np.cumsum(keep.sum(axis=1)))
 
 
 def weighted_rows(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:

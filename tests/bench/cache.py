@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import save_file
+from scipy.sparse import vstack
 
 from sae_italian.cache.build import build_cache, transpose
 from sae_italian.cache.layout import Manifest
 from sae_italian.cache.read import FeatureCache
-from sae_italian.cache.shards import encode_sparse, joined, write_activations, write_token_shard
+from sae_italian.cache.shards import encode_sparse, write_activations, write_token_shard
 from sae_italian.cache.stats import write_statistics
 from sae_italian.corpora import PackedBlock, iter_documents, pack
 from sae_italian.corpora.packing import special_mask, take_tokens
@@ -111,8 +112,7 @@ def _ours(sae: Any, model: Any, blocks: list[PackedBlock], batches: list[Any], f
         for _ in range(-(-len(block.tokens) // BATCH_WINDOWS)):
             tokens, x = next(following)
             parts.append(encode_sparse(sae, x.flatten(0, 1), special_mask(tokens.numpy(), model.tokenizer).ravel()))
-        write_activations(folder, index, joined(parts), sae.cfg.d_sae).enter(shard)
-        manifest.shards.append(shard)
+        manifest.shards.append(write_activations(folder, shard, vstack(parts, "csr")))
     transpose(folder, manifest)
     return manifest.nnz, sum(file.stat().st_size for file in (folder / "latents").iterdir())
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 from sae_italian.cache.build import transpose
 from sae_italian.cache.layout import Manifest
-from sae_italian.cache.shards import Sparse, write_activations, write_token_shard
+from sae_italian.cache.shards import write_activations, write_token_shard
 from sae_italian.corpora import PackedBlock, TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT
 
@@ -40,8 +41,8 @@ def write_synthetic(
     for index, first in enumerate(range(0, n_windows, WINDOWS_PER_SHARD)):
         block = _block(rng, first, min(WINDOWS_PER_SHARD, n_windows - first))
         shard = write_token_shard(folder, index, block)
-        write_activations(folder, index, _activations(rng, block.doc.ravel(), d_sae, per_token), d_sae).enter(shard)
-        manifest.shards.append(shard)
+        acts = _activations(rng, block.doc.ravel(), d_sae, per_token)
+        manifest.shards.append(write_activations(folder, shard, acts))
     transpose(folder, manifest)
     return manifest, *_stand_ins(d_sae, d_in, seed)
 
@@ -88,12 +89,13 @@ def _block(rng: np.random.Generator, first: int, n: int) -> PackedBlock:
     return PackedBlock(tokens, doc, start, end, documents, first)
 
 
-def _activations(rng: np.random.Generator, doc: np.ndarray, d_sae: int, per_token: int) -> Sparse:
+def _activations(rng: np.random.Generator, doc: np.ndarray, d_sae: int, per_token: int) -> csr_array:
     latents = np.sort(_ranks(rng, d_sae, (len(doc), per_token)), axis=1)
     keep = np.diff(latents, prepend=-1, axis=1) != 0
     keep[doc == NO_DOCUMENT] = False
     value = rng.gamma(2.0, 1.0, int(keep.sum())).astype(np.float32)
-    return Sparse(keep.sum(axis=1), latents[keep], value + np.float32(0.01))
+    begins = np.append(0, np.cumsum(keep.sum(axis=1)))
+    return csr_array((value + np.float32(0.01), latents[keep], begins), (len(doc), d_sae))
 
 
 def write_explained(folder: Path, *, d_sae: int, n_non_zeros: int) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.cache.build import transpose
-from sae_italian.cache.shards import Sparse, write_activations, write_token_shard
+from sae_italian.cache.shards import write_activations, write_token_shard
 from sae_italian.cache.stats import write_statistics
 from sae_italian.corpora import PackedBlock, TextDocument
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -37,11 +38,8 @@ def made_cache(folder: Path, acts: np.ndarray, doc: np.ndarray, tokens: np.ndarr
         block = PackedBlock(tokens[here], doc[here], start, start + 1, documents, seen)
         seen = last
         shard = write_token_shard(folder, index, block)
-        flat = acts[here].reshape(-1, d_sae)
-        row, latent = np.nonzero(flat)
-        sparse = Sparse(np.bincount(row, minlength=len(flat)), latent, flat[row, latent].astype(np.float32))
-        write_activations(folder, index, sparse, d_sae).enter(shard)
-        manifest.shards.append(shard)
+        flat = acts[here].reshape(-1, d_sae).astype(np.float32)
+        manifest.shards.append(write_activations(folder, shard, csr_array(flat)))
     transpose(folder, manifest)
     torch.manual_seed(0)
     sae = types.SimpleNamespace(W_dec=torch.randn(d_sae, D_IN))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.cache import build, shards
+from sae_italian.cache import build, layout, shards
 from sae_italian.cache.layout import FP16_MAX
 from sae_italian.cache.shards import encode_sparse
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -159,9 +160,9 @@ def test_the_bounded_top_k_is_torchs(seed, k, d_sae, shift, rounded):
     value, column = pre.topk(k, dim=-1, sorted=False)
     dense = torch.zeros_like(pre).scatter_(-1, column, value.relu())
     dense[torch.from_numpy(mute)] = 0
-    count, latent, values = top_positive(pre, k, mute)
+    values, latent, begins = top_positive(pre, k, mute)
     row, expected = dense.nonzero(as_tuple=True)
-    assert np.array_equal(count, np.bincount(row.numpy(), minlength=20))
+    assert np.array_equal(np.diff(begins), np.bincount(row.numpy(), minlength=20))
     assert np.array_equal(latent, expected.numpy()) and np.array_equal(values, dense[row, expected].numpy())
 
 
@@ -171,13 +172,14 @@ def test_what_is_not_finite_is_refused_not_dropped(tmp_path, value, d_sae):
     """Both ways of taking the k largest; a muted token's are nobody's."""
     pre, mute = torch.randn(4, d_sae, generator=torch.Generator().manual_seed(0)), np.array([False, False, True, False])
     pre[2, 5] = value
-    count, latent, values = top_positive(pre, 4, mute)
-    assert count.tolist() == [4, 4, 0, 4] and np.isfinite(values).all()
+    values, _, begins = top_positive(pre, 4, mute)
+    assert np.diff(begins).tolist() == [4, 4, 0, 4] and np.isfinite(values).all()
     pre[1, 7] = value
-    sparse = shards.Sparse(*top_positive(pre, 4, mute))
-    assert not np.isfinite(sparse.value).all() and 7 in sparse.latent
+    acts = csr_array(top_positive(pre, 4, mute), pre.shape)
+    assert not np.isfinite(acts.data).all() and 7 in acts.indices
+    shard = layout.ShardRecord(index=0, n_windows=1, n_documents=1, sha256={})
     with pytest.raises(DataError, match="gives NaN or infinity on shard 0"):
-        shards.write_activations(tmp_path, 0, sparse, d_sae)
+        shards.write_activations(tmp_path, shard, acts)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "topk-rescaled", "jumprelu", "standard"])
@@ -199,7 +201,5 @@ def test_sparse_encoding_is_the_saes_own(architecture):
         x = torch.randn(70, 16)
         dense = sae.encode(x).numpy()
         sparse = encode_sparse(sae, x, np.zeros(70, dtype=bool))
-    row, latent = dense.nonzero()
-    assert np.array_equal(sparse.counts, np.bincount(row, minlength=70))
-    assert np.array_equal(sparse.latent, latent) and np.array_equal(sparse.value, dense[row, latent])
+    assert np.array_equal(sparse.toarray(), dense) and sparse.has_canonical_format and (sparse.data > 0).all()
     assert type(sae.activation_fn).__name__ != "Identity"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save, save_file
+from scipy.sparse import csr_array
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.cache import FeatureCache, Manifest
@@ -128,7 +129,7 @@ def test_what_delphi_does_not_keep_is_left_out_and_what_fp16_cannot_hold_is_its_
 
 
 def test_places_beyond_65535_are_written_in_full():
-    entries = [(0, np.array([0, 2]), np.array([65_535, 65_536]), np.ones(2, np.float32))]
+    entries = [(0, csr_array((np.ones(2, np.float32), [65_535, 65_536], [0, 2]), (1, 65_537)))]
     facts = {"manifest": SimpleNamespace(context_size=1), "tokens": np.zeros(65_537, int)}
     found = _split(SimpleNamespace(entries=lambda *_: entries, **facts), 0, 0)  # pyright: ignore[reportArgumentType]
     assert found["locations"].tolist() == [[65_535, 0, 0], [65_536, 0, 0]]

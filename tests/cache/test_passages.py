@@ -129,21 +129,22 @@ def test_latents_that_fire_together_are_the_same_in_blocks_of_any_size(cache, mo
     """Latent 1 shares its six tokens with latent 4, which has 21, and one with latent 2, which has four."""
     row = cache.latent(1).statistics
     assert row["cofiring_ids"] == [4, 2] and row["cofiring_jaccard"] == pytest.approx([6 / 21, 1 / 9])
-    counts, item = cache.statistics["count"], cache.manifest.ranges[0]
-    whole = stats.cofiring_neighbours(cache, item, counts)
+    counts, whole_range = cache.statistics["count"], next(cache.entries(0, 4))
+    whole = stats.cofiring_neighbours(cache, *whole_range, counts)
     monkeypatch.setattr(stats, "SAMPLE", 21)  # all of each latent's own, a latent at a time
     monkeypatch.setattr(stats, "GATHERED", 1)
-    assert whole == stats.cofiring_neighbours(cache, item, counts)
+    assert whole == stats.cofiring_neighbours(cache, *whole_range, counts)
     monkeypatch.setattr(stats, "SAMPLE", 3)  # evenly spaced: 2 5 18 of latent 1, 1 9 17 of latent 4
-    ids, shares = (column.to_pylist() for column in stats.cofiring_neighbours(cache, item, counts).values())
+    ids, shares = (column.to_pylist() for column in stats.cofiring_neighbours(cache, *whole_range, counts).values())
     assert ids[1] == [4] and ids[4] == [3]
     # one in three of 21 would be 7, but latent 3 fires four times
     assert (shares[1], shares[4]) == (pytest.approx([6 / 21]), pytest.approx([4 / 21]))
 
 
 def test_of_latents_that_fire_together_as_often_the_lower_number_is_first():
-    ids, shares = stats._most_shared(0, np.array([5, 3, 4]), np.full(3, 2.0), np.full(6, 4))
-    assert ids.tolist() == [3, 4, 5] and shares.tolist() == 3 * [2 / 6]
+    row, other = np.array([0, 0, 0, 2]), np.array([5, 3, 4, 1])
+    order, top, begins = stats._largest_first(row, other, np.array([0.5, 0.5, 0.5, 1]), 3)
+    assert other[order][top].tolist() == [3, 4, 5, 1] and begins.tolist() == [0, 3, 3, 4]
 
 
 def test_a_latents_picture_says_what_its_axes_are(cache):
