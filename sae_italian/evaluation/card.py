@@ -10,11 +10,12 @@ variance without a word, so card and `train --dry-run` name them (Sun et al. 202
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
-from pydantic import TypeAdapter
+from pydantic import BeforeValidator, TypeAdapter
 from torch import Tensor
 
 from sae_italian.base.labels import Language, filled, label, labels
@@ -65,12 +66,20 @@ def _norm(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _with_nan(value: Any) -> Any:
+    """Return an estimate as JSON has it, NaN for the numbers of it that were not measured."""
+    return {key: nan if item is None else item for key, item in value.items()} if isinstance(value, dict) else value
+
+
+Measured = Annotated[Estimate, BeforeValidator(_with_nan)]
+
+
 class DensityBin(NamedTuple):
     """The share of all latents whose density, the share of tokens on which they fire, is 10**lo to 10**hi."""
 
     lo: float
     hi: float
-    share: Estimate
+    share: Measured
 
 
 @dataclass(frozen=True)
@@ -87,25 +96,25 @@ class EvaluationCard:
     n_tokens: int
     n_loss_tokens: int  # of these, tokens on which losses and KL were measured
     n_documents: int
-    l0: Estimate
-    explained_variance: Estimate  # centred, as SAELens: 1 - sum|x - x^|^2 / sum|x - mean|^2 over all tokens
-    explained_variance_uncentred: Estimate  # as Llama Scope: 1 - sum|x - x^|^2 / sum|x|^2
-    explained_variance_per_dimension: Estimate  # mean over dimensions, each scaled to variance 1
-    fvu: Estimate  # 1 - explained_variance
-    cossim: Estimate
-    l2_ratio: Estimate
-    ce_loss: Estimate
-    ce_loss_with_sae: Estimate
-    ce_loss_with_ablation: Estimate  # the activation set to zero where the SAE is applied (SAELens: at BOS too)
-    delta_lm_loss: Estimate  # with SAE - clean
-    ce_loss_recovered: Estimate  # (ablated - with SAE) / (ablated - clean); SAELens' ce_loss_score
-    kl_div_with_sae: Estimate
-    kl_div_with_ablation: Estimate
-    kl_recovered: Estimate  # (ablated - with SAE) / ablated; SAELens' kl_div_score
-    dead: Estimate  # share of latents that never fired in n_tokens
-    dead_in_100k: Estimate  # in the first 100,000 tokens; NaN where fewer were seen
-    dead_in_1m: Estimate
-    ultra_active: Estimate  # share of latents that fire on more than ULTRA_ACTIVE of the tokens
+    l0: Measured
+    explained_variance: Measured  # centred, as SAELens: 1 - sum|x - x^|^2 / sum|x - mean|^2 over all tokens
+    explained_variance_uncentred: Measured  # as Llama Scope: 1 - sum|x - x^|^2 / sum|x|^2
+    explained_variance_per_dimension: Measured  # mean over dimensions, each scaled to variance 1
+    fvu: Measured  # 1 - explained_variance
+    cossim: Measured
+    l2_ratio: Measured
+    ce_loss: Measured
+    ce_loss_with_sae: Measured
+    ce_loss_with_ablation: Measured  # the activation set to zero where the SAE is applied (SAELens: at BOS too)
+    delta_lm_loss: Measured  # with SAE - clean
+    ce_loss_recovered: Measured  # (ablated - with SAE) / (ablated - clean); SAELens' ce_loss_score
+    kl_div_with_sae: Measured
+    kl_div_with_ablation: Measured
+    kl_recovered: Measured  # (ablated - with SAE) / ablated; SAELens' kl_div_score
+    dead: Measured  # share of latents that never fired in n_tokens
+    dead_in_100k: Measured  # in the first 100,000 tokens; NaN where fewer were seen
+    dead_in_1m: Measured
+    ultra_active: Measured  # share of latents that fire on more than ULTRA_ACTIVE of the tokens
     density: tuple[DensityBin, ...]
     d_sae: int
     created: str
@@ -134,7 +143,7 @@ class EvaluationCard:
 
         What cards did not have before 0.1.0 was finished is not a number in them.
         """
-        return TypeAdapter(cls).validate_python({"explained_variance_per_dimension": NOTHING} | _with_nan(values))
+        return TypeAdapter(cls).validate_python({"explained_variance_per_dimension": NOTHING} | values)
 
     def save(self, folder: Path) -> None:
         """Write card.json, card.md and density.svg."""
@@ -201,16 +210,6 @@ def read_seeds(folder: Path) -> dict[str, Any] | None:
     """Return what other seeds of the training find of an SAE's latents, None where there was one seed."""
     file = folder / SEEDS_FILE
     return read_json(file) if file.is_file() else None
-
-
-def _with_nan(value: Any) -> Any:
-    """Return JSON values with NaN in the numbers of an estimate that were not measured."""
-    if isinstance(value, list):
-        return [_with_nan(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    missing = NOTHING._asdict() if value.keys() == set(Estimate._fields) else {}
-    return {key: missing.get(key) if item is None else _with_nan(item) for key, item in value.items()}
 
 
 def _shown(number: float, key: str) -> str:

@@ -184,12 +184,11 @@ def _graded(name: str, value: float, good: float, poor: float, remedy: str, show
 def _loss_checks(sae: Any, model: Any, sample: measure.Sample, measures: dict[str, Any]) -> Iterator[Finding]:
     """Compare the losses of the model itself, with the SAE in place, and with its output set to zero."""
     sums: Counter[str] = Counter()
-    for first in range(0, LOSS_WINDOWS, WINDOWS_AT_ONCE):
-        tokens, keep = (rows[first : first + WINDOWS_AT_ONCE] for rows in (sample.tokens, sample.keep))
-        if len(tokens):
-            some = Windows(tokens, keep, np.zeros(int(keep.sum()), int))
-            rows, *_ = measure_windows(sae, model, *hooks_of(sae), some, with_loss=True)
-            sums.update({name: float(column.sum()) for name, column in rows.items()})
+    parts = (rows[:LOSS_WINDOWS].split(WINDOWS_AT_ONCE) for rows in (sample.tokens, sample.keep))
+    for tokens, keep in zip(*parts, strict=True):
+        some = Windows(tokens, keep, np.zeros(int(keep.sum()), int))
+        rows, *_ = measure_windows(sae, model, *hooks_of(sae), some, with_loss=True)
+        sums.update({name: float(column.sum()) for name, column in rows.items()})
     clean, with_sae, ablated = (sums[name] / sums["n_loss"] for name in ("ce", "ce_sae", "ce_zero"))
     recovered = (ablated - with_sae) / (ablated - clean)
     # what a model without context could reach: the entropy of the sample's own token frequencies, in nats

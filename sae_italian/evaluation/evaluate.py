@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import nll_loss
+from torch.nn.functional import nll_loss, pad
 
 from sae_italian.base.errors import UsageError, check_whole
 from sae_italian.base.pace import paced
@@ -310,22 +310,15 @@ class LatentCounts(StreamingBootstrap):
         self.dead_after: dict[int, Estimate] = {100_000: NOTHING, 1_000_000: NOTHING}
 
     def add(self, doc: Int[np.ndarray, " kept"], active: Bool[Tensor, "kept d_sae"]) -> None:
-        for mark in self.dead_after:
-            here = mark - self.n_tokens
-            if 0 < here <= len(doc):
-                self._add(doc[:here], active[:here])
-                self.dead_after[mark] = self.dead()
-                doc, active = doc[here:], active[here:]
-        self._add(doc, active)
-
-    def _add(self, doc: Int[np.ndarray, " kept"], active: Bool[Tensor, "kept d_sae"]) -> None:
-        documents, index = np.unique(doc, return_inverse=True)
-        counts = torch.zeros(len(documents), active.shape[1] + 1, device=active.device)
-        on = torch.from_numpy(index).to(active.device)
-        counts[:, :-1].index_add_(0, on, active.float())
-        counts[:, -1].index_add_(0, on, torch.ones(len(doc), device=active.device))
-        self.add_sums(documents, counts.cpu().numpy())
-        self.n_tokens += len(doc)
+        cuts = [mark - self.n_tokens for mark in self.dead_after if 0 < mark - self.n_tokens < len(doc)]
+        for own, on in zip(np.split(doc, cuts), active.tensor_split(cuts), strict=True):
+            documents, index = np.unique(own, return_inverse=True)
+            counts = torch.zeros(len(documents), active.shape[1] + 1, device=active.device)
+            counts.index_add_(0, torch.from_numpy(index).to(active.device), pad(on, (0, 1), value=1).float())
+            self.add_sums(documents, counts.cpu().numpy())
+            self.n_tokens += len(own)
+            if self.n_tokens in self.dead_after:
+                self.dead_after[self.n_tokens] = self.dead()
 
     def _share(self, which: Callable[[np.ndarray], np.ndarray]) -> Estimate:
         """Return the share of latents for which a statement about their density holds; intervals stay in 0 to 1."""
