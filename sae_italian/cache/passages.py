@@ -153,12 +153,17 @@ class LatentActivations:
         check_whole(0, n=n, seed=seed)
         check_whole(1, width=width, bins=bins)
         rng = np.random.default_rng([seed, self.latent, KINDS.index(kind)])
+        seen: set[Any] = set()
         if kind == "top":
-            start = _top(self, n, width)
+            start = _distinct(self, _strongest(self, n), n, width, seen)
         elif kind in ("quantiles", "random"):
-            start = _drawn(self, n, width, rng, bins if kind == "quantiles" else 1)
+            start, parts = [], bins if kind == "quantiles" else 1
+            for index, part in enumerate(np.array_split(self.peaks(width).start, parts)):
+                share = n // parts + (index < n % parts)
+                start += _distinct(self, [rng.permutation(part)[: 4 * share]], share, width, seen)
         else:
-            start = _silent(self, n, width, (_anywhere if kind == "silent" else _same_token)(self, n, rng))
+            draws = (_anywhere if kind == "silent" else _same_token)(self, n, rng)
+            start = _distinct(self, _silent(self, draws, width), n, width, seen)
         return self._passages(np.array(start, dtype=np.int64), 0, width - 1, None)
 
     def _passages(self, origin: Int[np.ndarray, " n"], before: int, after: int, anchor: np.ndarray | None) -> Passages:
@@ -221,49 +226,41 @@ def first_new(items: Iterable[Any], n: int, seen: set[Any]) -> list[int]:
     return kept
 
 
-def _distinct(cache: FeatureCache, start: Int[np.ndarray, " m"], n: int, width: int, seen: set[Any]) -> list[int]:
-    """Return the first n of some segments whose tokens were not seen before."""
-    return start[first_new(contents(cache, start, 0, width - 1), n, seen)].tolist()
-
-
-# --- the kinds of windows --------------------------------------------------------------------------------------------
-
-
-def _top(latent: LatentActivations, n: int, width: int) -> list[int]:
-    position, value = latent
-    wanted = min(len(value), 4 * n)
-    while True:  # the strongest alone are looked at: a latent may have millions of activations
-        strongest = np.argpartition(-value, wanted - 1)[:wanted] if 0 < wanted < len(value) else np.arange(len(value))
-        strongest = strongest[np.lexsort((position[strongest], -value[strongest]))]
-        starts = segment_starts(latent.cache, position[strongest], width)
-        starts = starts[np.sort(np.unique(starts, return_index=True)[1])]
-        kept = _distinct(latent.cache, starts, n, width, set())
-        if len(kept) >= n or wanted >= min(len(value), COPIES * n):
-            return kept
-        wanted = min(len(value), 4 * wanted)
-
-
-def _drawn(latent: LatentActivations, n: int, width: int, rng: np.random.Generator, bins: int) -> list[int]:
-    """Return segments drawn equally from `bins` parts of all active segments."""
-    seen: set[Any] = set()
+def _distinct(
+    latent: LatentActivations, draws: Iterable[Int[np.ndarray, " m"]], n: int, width: int, seen: set[Any]
+) -> list[int]:
+    """Return the first n segments that hold one of some drawn positions and whose tokens were not seen before."""
     kept = []
-    for index, part in enumerate(np.array_split(latent.peaks(width).start, bins)):
-        share = n // bins + (index < n % bins)
-        kept += _distinct(latent.cache, rng.permutation(part)[: 4 * share], share, width, seen)
+    for position in draws:
+        start = np.array(list(dict.fromkeys(segment_starts(latent.cache, position, width).tolist())), dtype=np.int64)
+        kept += start[first_new(contents(latent.cache, start, 0, width - 1), n - len(kept), seen)].tolist()
+        if len(kept) >= n:
+            break
     return kept
 
 
-def _silent(latent: LatentActivations, n: int, width: int, draws: Iterable[Int[np.ndarray, " m"]]) -> list[int]:
-    """Return the first n different segments that hold one of the drawn positions and no activation."""
-    seen, kept = set(), []
+# --- positions drawn for the kinds of windows, a few at a time ----------------------------------------------------------
+
+
+def _strongest(latent: LatentActivations, n: int) -> Iterator[Int[np.ndarray, " m"]]:
+    """Yield the strongest positions, each time more of them: a latent may have millions of activations."""
+    position, value = latent
+    for wanted in (4 * n, 16 * n, 64 * n, COPIES * n):
+        strongest = np.argpartition(-value, wanted - 1)[:wanted] if 0 < wanted < len(value) else np.arange(len(value))
+        yield position[strongest[np.lexsort((position[strongest], -value[strongest]))]]
+        if wanted >= len(value):
+            return
+
+
+def _silent(
+    latent: LatentActivations, draws: Iterable[Int[np.ndarray, " m"]], width: int
+) -> Iterator[Int[np.ndarray, " m"]]:
+    """Yield of the drawn positions those whose segment holds no activation."""
     for position in draws:
         start = segment_starts(latent.cache, position, width)
         _, length, _ = surroundings(latent.cache, start, 0, width - 1)
         first, last = (np.searchsorted(latent.position, edge) for edge in (start, start + length))
-        kept += _distinct(latent.cache, start[first == last], n - len(kept), width, seen)
-        if len(kept) >= n:
-            break
-    return kept
+        yield position[first == last]
 
 
 def _anywhere(latent: LatentActivations, n: int, rng: np.random.Generator) -> Iterator[Int[np.ndarray, " m"]]:

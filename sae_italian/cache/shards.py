@@ -260,37 +260,31 @@ def decoded_blocks(blocks: Iterable[Int[np.ndarray, "windows context"]], tokeniz
                 f"the windows hold token {tokens.max()}, the tokenizer has {len(tokenizer)}: it is another model's. "
                 "Give the model that they were made with."
             )
-        doc = np.full(tokens.shape, NO_DOCUMENT, dtype=np.int64)
-        spans = np.zeros((*tokens.shape, 2), dtype=np.int64)
         special = np.zeros(tokens.shape, bool) if tokenizer is None else special_mask(tokens, tokenizer)
-        places, documents = list(_stretches(special)), []
-        texts = _decoded([tokens[row, begin:stop].tolist() for row, begin, stop in places], tokenizer)
-        for (row, begin, stop), (text, own) in zip(places, texts, strict=True):
-            doc[row, begin:stop], spans[row, begin:stop] = n_documents + len(documents), own
-            name = f"window {n_windows + row}" + ("" if tokenizer is None else f", token {begin}")
-            documents.append(TextDocument(text, name, ""))
+        begins = ~special & np.diff(special, axis=1, prepend=True)
+        stretches = np.split(tokens[~special], np.flatnonzero(begins[~special])[1:]) if begins.any() else []
+        texts, own = _decoded([ids.tolist() for ids in stretches], tokenizer)
+        spans = np.zeros((*tokens.shape, 2), dtype=np.int64)
+        spans[~special] = np.concatenate([np.zeros((0, 2), np.int64), *own])
+        doc = np.where(special, NO_DOCUMENT, n_documents + np.cumsum(begins).reshape(tokens.shape) - 1)
+        at = "" if tokenizer is None else ", token {}"
+        names = [f"window {n_windows + row}" + at.format(place) for row, place in np.argwhere(begins).tolist()]
+        documents = [TextDocument(text, name, "") for text, name in zip(texts, names, strict=True)]
         yield PackedBlock(tokens, doc, spans[..., 0], spans[..., 1], documents, n_documents)
         n_documents += len(documents)
         n_windows += len(tokens)
 
 
-def _stretches(special: Bool[np.ndarray, "windows context"]) -> Iterator[tuple[int, int, int]]:
-    """Yield (window, first token, end) of every stretch without special tokens."""
-    for row, mask in enumerate(special):
-        edges = np.flatnonzero(np.diff(np.concatenate([[True], mask, [True]])))
-        for begin, stop in edges.reshape(-1, 2).tolist():
-            yield row, begin, stop
-
-
-def _decoded(stretches: list[list[int]], tokenizer: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each stretch's text and its tokens' spans: the tokenizer's own where it gives the same tokens again."""
+def _decoded(stretches: list[list[int]], tokenizer: Any) -> tuple[list[str], list[Any]]:
+    """Return each stretch's text and its tokens' spans: the tokenizer's own where it gives the same tokens again."""
     if tokenizer is None or not stretches:
-        yield from [("", 0)] * len(stretches)
-        return
+        return [""] * len(stretches), [np.zeros((len(ids), 2), np.int64) for ids in stretches]
     texts = tokenizer.batch_decode(stretches, clean_up_tokenization_spaces=False)
     again = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    for ids, text, found, spans in zip(stretches, texts, again["input_ids"], again["offset_mapping"], strict=True):
-        yield text, np.array(spans) if found == ids else spans_by_prefixes(ids, text, tokenizer)
+    found = zip(stretches, texts, again["input_ids"], again["offset_mapping"], strict=True)
+    return texts, [
+        spans if ids == same else spans_by_prefixes(ids, text, tokenizer) for ids, text, same, spans in found
+    ]
 
 
 def spans_by_prefixes(ids: list[int], text: str, tokenizer: Any) -> Int[np.ndarray, "tokens 2"]:

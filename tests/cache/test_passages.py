@@ -111,7 +111,7 @@ def test_silent_passages_hold_no_activation_and_the_same_token_one_of_the_favour
     monkeypatch.setattr(passages, "SAME_TOKENS", 1)  # its strongest is 5, of one activation as each of the others
     assert cache.latent(3).windows("same-token", 10, width=3).start.tolist() == [7]
     draws = [np.array([24]), np.array([27, 30])]  # no more than are wanted, however they come
-    assert passages._silent(cache.latent(4), 2, 3, draws) == [24, 27]
+    assert passages._distinct(cache.latent(4), draws, 2, 3, set()) == [24, 27]
 
 
 def test_first_tokens_are_those_of_a_window_and_those_after_a_special_token(cache):
