@@ -10,11 +10,9 @@ Importing these libraries costs seconds, so each registration waits until somebo
 
 import logging
 import re
-import sys
-from collections.abc import Callable
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from typing import Any
+
+from wrapt import register_post_import_hook
 
 
 class _Aliases(list):
@@ -69,19 +67,19 @@ def register_saes() -> None:
     _add("loader", loaders.NAMED_PRETRAINED_SAE_LOADERS, readers)
     _add("config getter", loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS, config_readers)
     lookups = {
-        release.name: PretrainedSAELookup(
-            release=release.name,
-            repo_id=release.repo_id,
-            model=release.model,
-            conversion_func=release.loader,
-            saes_map=dict(release.saes),
+        name: PretrainedSAELookup(
+            release=name,
+            repo_id=release["repo_id"],
+            model=release["model"],
+            conversion_func=release["loader"],
+            saes_map=dict(release["saes"]),
             expected_var_explained={},
-            expected_l0={sae_id: float(release.k) for sae_id in release.saes if release.k},
+            expected_l0={sae_id: float(release["k"]) for sae_id in release["saes"] if release["k"]},
             neuronpedia_id={},
             norm_scaling_factor={},
             config_overrides=None,
         )
-        for release in releases().values()
+        for name, release in releases().items()
     }
     _add("release", get_pretrained_saes_directory(), lookups)
 
@@ -92,37 +90,7 @@ def _add(what: str, table: dict[str, Any], ours: dict[str, Any]) -> None:
             raise ValueError(f"there already is a {what} named {name!r}; it was not replaced")
 
 
-# What to do once a library's module has been imported.
-_WHEN_IMPORTED: dict[str, Callable[[], None]] = {
-    "transformer_lens.supported_models": register_models,
-    "sae_lens": register_saes,
-}
-
-
-class _Door(MetaPathFinder):
-    """Stands first on `sys.meta_path` and lets the awaited modules in as others find them, then registers with them."""
-
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        then = _WHEN_IMPORTED.get(fullname)
-        if then is None:
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)  # pyright: ignore
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                execute(module)
-                then()
-
-            spec.loader.exec_module = exec_module
-        return spec
-
-
 def install() -> None:
     """Register with each library that is imported, and with the others at the moment they will be. Idempotent."""
-    for awaited, then in _WHEN_IMPORTED.items():
-        if awaited in sys.modules:
-            then()
-    if not any(isinstance(finder, _Door) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Door())
+    register_post_import_hook(lambda _: register_models(), "transformer_lens.supported_models")
+    register_post_import_hook(lambda _: register_saes(), "sae_lens")

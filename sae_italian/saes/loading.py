@@ -40,23 +40,23 @@ def _from_folder(folder: Path, device: str) -> Any:
 
 
 def _from_release(name: str, device: str) -> Any:
-    place = find_sae(name)
+    release, sae_id, revision = find_sae(name)
     from sae_lens import SAE  # takes seconds; a name that is not there is told before
 
-    if place.release is None:
-        folder, commit = snapshot(place.repo_id, place.path, place.revision)
+    if revision or not release["name"]:
+        folder, commit = snapshot(release["repo_id"], release["saes"][sae_id], revision)
         sae = _from_folder(folder, device)
         metadata = sae.cfg.metadata
-        metadata.revision, metadata.model_name = commit, metadata.model_name or place.model
+        metadata.revision, metadata.model_name = commit, metadata.model_name or release["model"]
         return sae
     try:
-        return SAE.from_pretrained(place.release, place.sae_id, device=device)
+        return SAE.from_pretrained(release["name"], sae_id, device=device)
     except SaeItalianError:
         raise
     except KeyError as error:
         raise DataError(f"the SAE {name} cannot be read: its files lack {error}.") from error
     except Exception as error:
-        raise explain(error, name, repo_id=place.repo_id) from error
+        raise explain(error, name, repo_id=release["repo_id"]) from error
 
 
 def sae_facts(name: str | Path, /) -> dict[str, Any]:
@@ -67,16 +67,16 @@ def sae_facts(name: str | Path, /) -> dict[str, Any]:
     Args:
         name: A folder, or release:sae_id, of which only the configuration is fetched.
     """
-    place = None if path_of(name).is_dir() else find_sae(str(name))
-    if place is None or place.release is None:
+    release, sae_id, revision = ({"name": None}, "", None) if path_of(name).is_dir() else find_sae(str(name))
+    if revision or not release["name"]:
         config = load_sae(name).cfg.to_dict()
     else:
         from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
 
         try:
-            config = dict(load_sae_config_from_huggingface(place.release, place.sae_id))
+            config = dict(load_sae_config_from_huggingface(release["name"], sae_id))
         except (OSError, ValueError) as error:
-            raise explain(error, str(name), repo_id=place.repo_id) from error
+            raise explain(error, str(name), repo_id=release["repo_id"]) from error
     metadata = config.pop("metadata", {})
     facts = config | {key: value for key, value in metadata.items() if key not in config}
     first = ["architecture", "d_in", "d_sae", "d_out", "k", "hook_name", "hook_name_out", "model_name", "dataset_path"]

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import explain
@@ -25,20 +24,8 @@ if TYPE_CHECKING:
 LLAMA_SCOPE_MODEL = "meta-llama/Llama-3.1-8B"
 
 
-@dataclass(frozen=True)
-class Release:
-    """One published release: its SAEs by id, each with the folder of the repository it lies in; None is not known."""
-
-    name: str
-    repo_id: str
-    model: str
-    saes: dict[str, str]
-    loader: str = ""
-    d_sae: int | None = None
-    k: int | None = None
-    site: str | None = None
-    licence: str = "see its page"
-    note: str = "as SAELens loads it"
+# Of a release: `repo_id`, `model`, `saes` (by id, the folder of the repository it lies in), and these; None is not known.
+UNSAID = {"d_sae": None, "k": None, "site": None, "licence": "see its page", "note": "as SAELens loads it"}
 
 
 @cache
@@ -47,13 +34,13 @@ def _published() -> dict[str, dict[str, Any]]:
 
 
 @cache
-def releases() -> dict[str, Release]:
+def releases() -> dict[str, dict[str, Any]]:
     """Return the releases of releases.yaml by name."""
     found = {}
-    for name, fields in _published()["ours"].items():
-        id_, path, layers = fields.pop("id"), fields.pop("path"), range(fields.pop("layers"))
-        saes = {id_.format(layer=layer): path.format(layer=layer) for layer in layers}
-        found[name] = Release(name=name, saes=saes, **fields)
+    for name, entry in _published()["ours"].items():
+        layers = range(entry["layers"])
+        saes = {entry["id"].format(layer=layer): entry["path"].format(layer=layer) for layer in layers}
+        found[name] = {**UNSAID, **entry, "name": name, "saes": saes}
     return found
 
 
@@ -67,7 +54,7 @@ def _of_saelens() -> dict[str, str]:
     return {part.partition(":")[0]: part for part in parts if part.strip()}
 
 
-def find_release(name: str) -> Release:
+def find_release(name: str) -> dict[str, Any]:
     """Return a release of ours or of SAELens. Raises: UsageError, with the nearest name, for another."""
     if name in releases():
         return releases()[name]
@@ -75,7 +62,7 @@ def find_release(name: str) -> Release:
         raise UsageError(f"SAE release {name!r} is unknown. {nearest(name, [*releases(), *_of_saelens()])}")
     fields = packaged_yaml(_of_saelens()[name])[name]
     saes = {sae["id"]: str(sae["path"]) for sae in fields["saes"]}
-    return Release(name, fields["repo_id"], fields["model"], saes, **_published()["theirs"].get(name, {}))
+    return {**UNSAID, **fields, "name": name, "saes": saes, **_published()["theirs"].get(name, {})}
 
 
 def known_releases() -> list[dict[str, Any]]:
@@ -85,26 +72,16 @@ def known_releases() -> list[dict[str, Any]]:
     rows = []
     for name in (*theirs, *releases()):
         found = find_release(name)
-        ids = list(found.saes)
-        row = {"release": name, "model": found.model, "repo": found.repo_id, "saes": len(ids), "ids": ids}
-        rows.append(row | {key: getattr(found, key) for key in ("d_sae", "k", "site", "licence", "note")})
+        ids = list(found["saes"])
+        row = {"release": name, "model": found["model"], "repo": found["repo_id"], "saes": len(ids), "ids": ids}
+        rows.append(row | {key: found[key] for key in UNSAID})
     return rows
 
 
-class Place(NamedTuple):
-    """Where a published SAE lies; `release` is that of SAELens' own call, None where it must be read from its files."""
+def find_sae(name: str) -> tuple[dict[str, Any], str, str | None]:
+    """Return the release, the SAE's id in it and the revision that `release:sae_id[@revision]` names.
 
-    release: str | None
-    sae_id: str
-    repo_id: str
-    path: str
-    revision: str | None = None
-    model: str | None = None  # where our table or SAELens' says it
-
-
-def find_sae(name: str) -> Place:
-    """Return where `release:sae_id[@revision]` lies; a release may be any repository, owner/name.
-
+    A release may be any repository, owner/name: it has no `name`, and SAEs are known by their folders.
     Raises: UsageError for what names no SAE, with the nearest that does.
     """
     release, colon, sae_id = name.partition(":")
@@ -112,12 +89,12 @@ def find_sae(name: str) -> Place:
         raise UsageError(f"SAE {name!r} is neither a folder nor of the form release:sae_id.")
     sae_id, _, revision = sae_id.partition("@")
     if "/" in release and release not in {*releases(), *_of_saelens()}:
-        return Place(None, sae_id, release, sae_id, revision or None)
-    found = find_release(release)
-    if sae_id not in found.saes:
-        raise UsageError(f"release {release!r} has no SAE {sae_id!r}. {nearest(sae_id, found.saes)}")
-    by_saelens = None if revision else release
-    return Place(by_saelens, sae_id, found.repo_id, found.saes[sae_id], revision or None, found.model)
+        found = {"name": None, "repo_id": release, "model": None, "saes": {sae_id: sae_id}}
+    else:
+        found = find_release(release)
+    if sae_id not in found["saes"]:
+        raise UsageError(f"release {release!r} has no SAE {sae_id!r}. {nearest(sae_id, found['saes'])}")
+    return found, sae_id, revision or None
 
 
 def snapshot(repo_id: str, path: str, revision: str | None = None, *, only: str = "", **how: Any) -> tuple[Path, str]:
@@ -162,13 +139,10 @@ def _load(
     repo_id, _, revision = repo_id.partition("@")
     only = "" if whole else form.files[0]
     folder, commit = snapshot(repo_id, folder_name, revision or None, only=only, force_download=force_download)
-    state: Any = None
-    if whole:
-        config, state = form.read(folder, device, cfg_overrides)
-    else:
-        config = form.config_of(folder, device, cfg_overrides or {})
-    metadata = config["metadata"]
+    read = form.read if whole else form.config_of
+    found: Any = read(folder, device, cfg_overrides or {})
+    metadata = (found[0] if whole else found)["metadata"]
     metadata |= {"repo_id": repo_id, "revision": commit}
     if not metadata.get("model_name"):
-        metadata["model_name"] = next((r.model for r in releases().values() if r.repo_id == repo_id), None)
-    return (config, state, None) if whole else config
+        metadata["model_name"] = next((r["model"] for r in releases().values() if r["repo_id"] == repo_id), None)
+    return (*found, None) if whole else found
