@@ -307,11 +307,12 @@ def _jumprelu(
     to: str, name: str, out: Path, *, tokens: int | None = None, thresholds: Any = "calibrated", **text: Any
 ) -> Result:
     from sae_italian.evaluation.diagnosis import JUMPRELU_TOKENS, export_jumprelu
+    from sae_italian.saes.jumprelu import export_text
 
     source = Source(**text)
     how = {"n_tokens": tokens or JUMPRELU_TOKENS, "thresholds": thresholds, **source.reading}
     report = export_jumprelu(*source.load(name), out, **how)
-    return Result({"sae": str(out), **plain(report)}, f"{report.text()}\nSAE: {out}")
+    return Result({"sae": str(out), **plain(report)}, f"{export_text(report)}\nSAE: {out}")
 
 
 def _transcoder_set(

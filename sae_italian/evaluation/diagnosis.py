@@ -21,7 +21,7 @@ from sae_italian.corpora.packing import special_mask, take_tokens
 from sae_italian.models.activations import check_context, read_many
 from sae_italian.models.hooks import parse_hook_name
 from sae_italian.saes.fit import Fit, check_free, decoded, explained, fit, save_sae
-from sae_italian.saes.jumprelu import JumpReLUExport, Thresholds, check_exportable, to_jumprelu
+from sae_italian.saes.jumprelu import Thresholds, check_exportable, to_jumprelu
 from sae_italian.saes.loading import check_fits, check_hooks, check_sae, hooks_of
 
 SCALES = tuple(2.0**power for power in range(-7, 8))
@@ -91,8 +91,8 @@ def export_jumprelu(
     n_tokens: int = JUMPRELU_TOKENS,
     thresholds: Thresholds = "calibrated",
     **reading: Any,
-) -> JumpReLUExport:
-    """Write the JumpReLU of a TopK SAE or transcoder to the new folder `out` and return what changed.
+) -> dict[str, Any]:
+    """Write the JumpReLU of a TopK SAE or transcoder to the new folder `out` and return what `to_jumprelu` notes.
 
     `reading` is what `held_out_activations` takes of it. Raises: UsageError for another architecture, an SAE that does not
     fit the model, a corpus that is too short, and a folder that is not empty; before anything is written.
@@ -101,9 +101,9 @@ def export_jumprelu(
     check_exportable(sae)
     check_fits(sae, model)
     x, y, documents = held_out_activations(sae, model, corpus, n_tokens, **reading)
-    exported, report = to_jumprelu(sae, x, y, documents=documents, thresholds=thresholds)
+    exported = to_jumprelu(sae, x, y, documents=documents, thresholds=thresholds)
     save_sae(exported, out)
-    return report
+    return exported.cfg.metadata.jumprelu_export
 
 
 def best_scale(sae: Any, sample: Sample) -> tuple[float, Fit]:

@@ -82,10 +82,12 @@ def _range(rows: list[dict[str, Any]], key: str) -> str:
 
 def _jumprelu(job: Reproduction, results: Results) -> dict[str, Any]:
     entry, sae = _reference(results)
-    _, report = to_jumprelu(sae, *held_out(sae, job.subject, job.budget["card_tokens"]), thresholds="one")
-    variance = f"{report.explained_variance_before:.4f} to {report.explained_variance:.4f}"
-    text = f"L0 {report.l0_before:.2f} to {report.l0:.2f}, explained variance {variance}"
-    return {**plain(report), "sae": entry["name"], "text": text}
+    exported = to_jumprelu(sae, *held_out(sae, job.subject, job.budget["card_tokens"]), thresholds="one")
+    report = exported.cfg.metadata.jumprelu_export
+    told = (
+        "L0 {l0_before:.2f} to {l0:.2f}, explained variance {explained_variance_before:.4f} to {explained_variance:.4f}"
+    )
+    return {**plain(report), "sae": entry["name"], "text": told.format(**report)}
 
 
 def _compared(
@@ -140,7 +142,7 @@ def _shift(job: Reproduction, results: Results) -> dict[str, Any]:
     if len(edges) < 4:
         raise UsageError(f"{subject.name} has {longest} positions, no more than the training's context.")
     if sae.cfg.architecture() == "topk":
-        sae = to_jumprelu(sae, *held_out(sae, subject, job.budget["card_tokens"]), thresholds="one")[0]
+        sae = to_jumprelu(sae, *held_out(sae, subject, job.budget["card_tokens"]), thresholds="one")
     read: dict[str, Any] = {"text_column": subject.text_column, "n_tokens": job.budget["shift_tokens"], "packed": True}
     shift = context_shift(sae, subject.model, subject.corpus, edges=edges, name=entry["name"], **read)
     table, _, changes, *said = shift.parts()

@@ -18,7 +18,7 @@ The random twin of an SAE is the other control: its own architecture with random
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,13 +39,9 @@ _LATENTS = 128  # whose pre-activations on all calibration tokens are held at a 
 Rows = Float[Tensor, "tokens d_in"]
 
 
-class Directions(NamedTuple):
-    """Latents c = ReLU(encoder^T (x - mean)), x^ = c decoder + mean."""
-
-    encoder: Float[Tensor, "d_in n"]
-    decoder: Float[Tensor, "n d_in"]
-    mean: Float[Tensor, " d_in"]
-    converged: bool = True
+# Latents c = ReLU(encoder^T (x - mean)), x^ = c decoder + mean: encoder [d_in, n], decoder [n, d_in], mean [d_in], and
+# whether the fit converged.
+Directions = tuple[Tensor, Tensor, Tensor, bool]
 
 
 def fit_baselines(
@@ -75,9 +71,14 @@ def fit_baselines(
     k = k if k is not None else max(1, round(mean_l0(sae, sample)))
     found: dict[str, Any] = {}
     for kind in kinds:
-        directions = _fitted(kind, sample, mean, covariance, sae, seed)
-        for name, kept in ((kind, None), (kind + TOPK, k)):
-            baseline = _as_sae(directions, sae, name, kept)
+        encoder, decoder, centre, converged = _fitted(kind, sample, mean, covariance, sae, seed)
+        weights = {"W_enc": encoder, "W_dec": decoder, "b_enc": torch.zeros(len(decoder)), "b_dec": centre}
+        for name, top in ((kind, {}), (kind + TOPK, {"k": min(k, len(decoder))})):
+            metadata = copy.deepcopy(sae.cfg.metadata)
+            for key in ("random_twin_of", "top_k_of"):  # of the making of `sae`
+                vars(metadata).pop(key, None)
+            metadata.baseline, metadata.baseline_of, metadata.converged = name, weights_hash(sae), converged
+            baseline = _sae(weights, sae, metadata, apply_b_dec_to_input=True, **top)
             found[name] = rescaled(baseline, sample) if kind == "random" else baseline
     return found
 
@@ -109,7 +110,8 @@ def with_top_k(sae: Any, k: int) -> Any:
     settings = {key: getattr(cfg, key) for key in ("apply_b_dec_to_input", "normalize_activations")}
     # SAELens' rescaling multiplies activations by the norms and divides by them when it decodes: the function is the same
     settings |= {"k": min(k, cfg.d_sae), "rescale_acts_by_decoder_norm": True}
-    return _sae(sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec, sae, metadata, settings)
+    weights = {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    return _sae(weights, sae, metadata, **settings)
 
 
 # --- the random twin --------------------------------------------------------------------------------------------------
@@ -205,19 +207,29 @@ def _read(
 
 
 def _fitted(kind: str, sample: Rows, mean: Tensor, spread: Tensor, sae: Any, seed: int) -> Directions:
-    """Return the directions of a kind."""
-    if kind in ("ica", "nmf"):
-        return (_ica if kind == "ica" else _nmf)(sample, sae, seed)
+    """Return the directions of a kind; those of PCA, ICA and NMF have decoder rows of unit norm.
+
+    So a latent's size is what it writes. Where the scores of components have a sign there are 2 n latents, v_1 .. v_n and
+    then -v_1 .. -v_n; together the two reconstruct what the component does, as ReLU(s) - ReLU(-s) = s. Cunningham et al.
+    2023 do this for PCA and ICA under top-k (`to_topk_dict` in their code: the components and their negatives).
+    """
+    if kind in ("random", "identity"):
+        rows = torch.eye(sae.cfg.d_in)
+        if kind == "random":
+            rows = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=torch.Generator().manual_seed(seed))
+            rows /= rows.norm(dim=-1, keepdim=True)
+        return rows.T, rows, torch.zeros(sae.cfg.d_in), True
     if kind == "pca":
-        components = torch.linalg.eigh(spread).eigenvectors.flip(1).T.float()
+        decoder, converged = torch.linalg.eigh(spread).eigenvectors.flip(1).T.float(), True
         # the sign is that which makes the largest entry positive, as scikit-learn's
-        components *= components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
-        return _unit(components.T, components, mean)
-    rows = torch.eye(sae.cfg.d_in)
-    if kind == "random":
-        rows = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=torch.Generator().manual_seed(seed))
-        rows /= rows.norm(dim=-1, keepdim=True)
-    return Directions(rows.T, rows, torch.zeros(sae.cfg.d_in))
+        decoder *= decoder.gather(1, decoder.abs().argmax(1, keepdim=True)).sign()
+        encoder = decoder.T
+    else:
+        encoder, decoder, mean, converged = (_ica if kind == "ica" else _nmf)(sample, sae, seed)
+    if kind != "nmf":
+        encoder, decoder = torch.cat([encoder, -encoder], dim=1), torch.cat([decoder, -decoder], dim=0)
+    norm = decoder.norm(dim=-1).clamp_min(1e-12)
+    return encoder * norm, decoder / norm[:, None], mean, converged
 
 
 def _ica(sample: Rows, _sae: Any, seed: int) -> Directions:
@@ -231,7 +243,7 @@ def _ica(sample: Rows, _sae: Any, seed: int) -> Directions:
     ica: Any = FastICA(whiten="unit-variance", random_state=seed, max_iter=200, tol=1e-3)
     converged = _converges(ica, sample)
     unmixing, mixing, mean = (torch.tensor(each).float() for each in (ica.components_, ica.mixing_, ica.mean_))
-    return _unit(unmixing.T, mixing.T, mean, converged)
+    return unmixing.T, mixing.T, mean, converged
 
 
 def _nmf(sample: Rows, sae: Any, seed: int) -> Directions:
@@ -246,8 +258,7 @@ def _nmf(sample: Rows, sae: Any, seed: int) -> Directions:
     nmf: Any = MiniBatchNMF(random_state=seed, **settings)
     converged = _converges(nmf, sample)
     components = torch.tensor(nmf.components_).float()
-    mean = torch.zeros(sample.shape[1])
-    return _unit(torch.linalg.pinv(components), components, mean, converged, signed=False)
+    return torch.linalg.pinv(components), components, torch.zeros(sample.shape[1]), converged
 
 
 def _converges(model: Any, sample: Rows) -> bool:
@@ -260,43 +271,13 @@ def _converges(model: Any, sample: Rows) -> bool:
     return not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
-# --- directions as an SAE ---------------------------------------------------------------------------------------------
-
-
-def _unit(encoder: Tensor, decoder: Tensor, mean: Tensor, converged: bool = True, *, signed: bool = True) -> Directions:
-    """Return the same function with decoder rows of unit norm, so that a latent's size is what it writes.
-
-    Where the scores of components have a sign: 2 n latents, v_1 .. v_n and then -v_1 .. -v_n. Together the two reconstruct
-    what the component does, as ReLU(s) - ReLU(-s) = s. Cunningham et al. 2023 do this for PCA and ICA under top-k
-    (`to_topk_dict` in their code: the components and their negatives).
-    """
-    if signed:
-        encoder, decoder = torch.cat([encoder, -encoder], dim=1), torch.cat([decoder, -decoder], dim=0)
-    norm = decoder.norm(dim=-1).clamp_min(1e-12)
-    return Directions(encoder * norm, decoder / norm[:, None], mean, converged)
-
-
-def _as_sae(directions: Directions, like: Any, name: str, k: int | None) -> Any:
-    """Return directions as a SAELens `StandardSAE`, or with k as a `TopKSAE`, at the place `like` was trained at.
-
-    Metadata are those of `like` with `baseline` (the name) and `baseline_of` (the weights' hash of `like`).
-    """
-    metadata, n = copy.deepcopy(like.cfg.metadata), len(directions.decoder)
-    for key in ("random_twin_of", "top_k_of"):  # of the making of `like`
-        metadata.__dict__.pop(key, None)
-    metadata.baseline, metadata.baseline_of, metadata.converged = name, weights_hash(like), directions.converged
-    settings = {"apply_b_dec_to_input": True} | ({} if k is None else {"k": min(k, n)})
-    return _sae(directions.encoder, directions.decoder, torch.zeros(n), directions.mean, like, metadata, settings)
-
-
-def _sae(
-    W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, like: Any, metadata: Any, settings: dict[str, Any]
-) -> Any:
+def _sae(weights: dict[str, Tensor], like: Any, metadata: Any, **settings: Any) -> Any:
+    """Return weights as a SAELens `StandardSAE`, or with a `k` as a `TopKSAE`, of the kind of numbers that `like` has."""
     from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
-    d_sae, d_in = W_dec.shape
+    d_sae, d_in = weights["W_dec"].shape
     shared = {"d_in": d_in, "d_sae": d_sae, "dtype": like.cfg.dtype, "device": str(like.device), "metadata": metadata}
     settings = shared | settings
     sae: Any = TopKSAE(TopKSAEConfig(**settings)) if "k" in settings else StandardSAE(StandardSAEConfig(**settings))
-    sae.load_state_dict({"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec})
+    sae.load_state_dict(weights)
     return sae.eval()

@@ -17,8 +17,7 @@ Shapes: x [tokens, d_in] the SAE's input, y [tokens, d_out] its target (x itself
 """
 
 import copy
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,32 +35,16 @@ BLOCK = 128  # latents whose pre-activations are held at once, for all tokens
 Thresholds = Literal["calibrated", "one"]
 
 
-@dataclass(frozen=True)
-class JumpReLUExport:
-    """What the export did; fits (centred explained variance) are over documents that the thresholds did not see."""
-
-    thresholds: Thresholds
-    threshold: float  # of all latents, or the median of theirs
-    k: int
-    n_tokens: int  # that set the thresholds
-    n_tokens_checked: int
-    l0_before: float  # below k where fewer than k latents are positive
-    l0: float
-    explained_variance_before: float
-    explained_variance: float
-    dead: float  # share of latents that never fired in the check, and before
-    dead_before: float
-
-    def text(self) -> str:
-        set_by = f"so that {self.k} latents fire on average over {self.n_tokens:,} tokens"
-        kept = self.explained_variance / self.explained_variance_before
-        return (
-            f"thresholds          {self.thresholds}: {self.threshold:.4f}, {set_by}\n"
-            f"L0                  {self.l0_before:.2f} -> {self.l0:.2f} over {self.n_tokens_checked:,} tokens of other "
-            "documents\n"
-            f"explained variance  {self.explained_variance_before:.4f} -> {self.explained_variance:.4f} ({kept:.1%})\n"
-            f"dead latents        {self.dead_before:.1%} -> {self.dead:.1%}"
-        )
+def export_text(report: dict[str, Any]) -> str:
+    """Return in four lines what an export did, as `to_jumprelu` noted it."""
+    lines = (
+        "thresholds          {thresholds}: {threshold:.4f}, so that {k} latents fire on average over {n_tokens:,} tokens",
+        "L0                  {l0_before:.2f} -> {l0:.2f} over {n_tokens_checked:,} tokens of other documents",
+        "explained variance  {explained_variance_before:.4f} -> {explained_variance:.4f} ({kept:.1%})",
+        "dead latents        {dead_before:.1%} -> {dead:.1%}",
+    )
+    kept = report["explained_variance"] / report["explained_variance_before"]
+    return "\n".join(lines).format(**report, kept=kept)
 
 
 @torch.no_grad()
@@ -72,11 +55,14 @@ def to_jumprelu(
     *,
     documents: Int[Tensor, " tokens"] | None = None,
     thresholds: Thresholds = "calibrated",
-) -> tuple[Any, JumpReLUExport]:
-    """Return the JumpReLU of a TopK SAE or transcoder, and what changed.
+) -> Any:
+    """Return the JumpReLU of a TopK SAE or transcoder; what changed is noted as `metadata.jumprelu_export`.
 
     `x` are activations at its hook, `y` a transcoder's target, `documents` the number of each token's document: every
-    fifth document (without the numbers: every fifth token) is kept for the check, the others set the thresholds.
+    fifth document (without the numbers: every fifth token) is kept for the check, the others set the thresholds. Noted
+    are `threshold` (of all latents, or the median of theirs), the tokens that set it (`n_tokens`) and that checked it,
+    and of these L0 (before: below k where fewer latents are positive), centred explained variance, and the share of
+    latents that never fired.
     Raises: UsageError for another architecture, fewer than 10 tokens, or a check that would have no token.
     """
     check_exportable(sae)
@@ -92,22 +78,21 @@ def to_jumprelu(
     if thresholds == "calibrated" and theta > 0:  # 0: all positive latents fire, and they are fewer than k
         calibrate(folded, x[~checks], y[~checks], sae.cfg.k)
     before, after = (fit(each, x[checks], y[checks]) for each in (raw, folded))
-    report = JumpReLUExport(
-        thresholds=thresholds,
-        threshold=theta if thresholds == "one" else folded.threshold.median().item(),
-        k=sae.cfg.k,
-        n_tokens=int((~checks).sum()),
-        n_tokens_checked=int(checks.sum()),
-        l0_before=before.l0,
-        l0=after.l0,
-        explained_variance_before=before.explained_variance,
-        explained_variance=after.explained_variance,
-        dead=after.dead,
-        dead_before=before.dead,
-    )
-    folded.cfg.metadata.jumprelu_export = asdict(report)
-    folded.cfg.metadata.l0 = report.l0
-    return folded, report
+    folded.cfg.metadata.jumprelu_export = {
+        "thresholds": thresholds,
+        "threshold": theta if thresholds == "one" else folded.threshold.median().item(),
+        "k": sae.cfg.k,
+        "n_tokens": int((~checks).sum()),
+        "n_tokens_checked": int(checks.sum()),
+        "l0_before": before.l0,
+        "l0": after.l0,
+        "explained_variance_before": before.explained_variance,
+        "explained_variance": after.explained_variance,
+        "dead": after.dead,
+        "dead_before": before.dead,
+    }
+    folded.cfg.metadata.l0 = after.l0
+    return folded
 
 
 def check_exportable(sae: Any) -> None:
@@ -151,16 +136,6 @@ def _with_threshold(sae: Any, theta: float) -> Any:
 
 
 # --- one threshold for each latent --------------------------------------------------------------------------------------
-
-
-class _Cut(NamedTuple):
-    """The best set of tokens for a latent to fire on: those of its largest pre-activations."""
-
-    worth: float  # by how much the squared error falls, less the price of the firings
-    token: Int[Tensor, " fired"]
-    value: Float[Tensor, " fired"]
-    threshold: float
-    gain: float  # the factor on the values that fits best
 
 
 @torch.no_grad()
@@ -213,33 +188,36 @@ class _Search:
             now = torch.where(h[:, j] > sae.threshold[latent], h[:, j], 0.0)
             goal = along[:, j] + now  # what all the others leave for this one
             wide = min(2 * int((now > 0).sum()) + 64, len(h) - 1)  # firings at most double in a sweep
-            cuts = {tilt: _best_cut(h[:, j] - tilt * self.level, goal, wide, price) for tilt in TILTS}
-            tilt, cut = max(cuts.items(), key=lambda item: item[1].worth)
-            sae.W_enc[:, latent] = cut.gain * (sae.W_enc[:, latent] - tilt * self.slope)
-            sae.b_enc[latent] = cut.gain * (sae.b_enc[latent] - tilt * self.offset)
-            sae.threshold[latent] = cut.gain * cut.threshold
+            tilted = torch.stack([h[:, j] - tilt * self.level for tilt in TILTS])
+            best, gain, threshold, token, value = _best_cut(tilted, goal, wide, price)
+            sae.W_enc[:, latent] = gain * (sae.W_enc[:, latent] - TILTS[best] * self.slope)
+            sae.b_enc[latent] = gain * (sae.b_enc[latent] - TILTS[best] * self.offset)
+            sae.threshold[latent] = gain * threshold
             moved = -now
-            moved[cut.token] += cut.gain * cut.value
+            moved[token] += gain * value
             change[:, j], touched = moved, moved.nonzero()[:, 0]
             along[touched] -= moved[touched, None] * overlaps[j]
-            fired += len(cut.token)
+            fired += len(token)
         self.rest -= change @ rows
         return fired
 
 
-def _best_cut(h: Float[Tensor, " tokens"], goal: Float[Tensor, " tokens"], wide: int, price: float) -> _Cut:
-    """Return on how many of the `wide` largest h a latent should fire, to write `goal` at `price` a firing.
+def _best_cut(
+    h: Float[Tensor, "tilts tokens"], goal: Float[Tensor, " tokens"], wide: int, price: float
+) -> tuple[int, float, float, Int[Tensor, " fired"], Float[Tensor, " fired"]]:
+    """Return with which tilt, gain and threshold a latent writes `goal` best, on which tokens it fires then, and their h.
 
-    The n largest, times the gain that fits best, lower the squared error by (sum of h goal)^2 / sum of h^2.
+    It fires on some of the `wide` largest h of a tilt, at `price` a firing: the n largest, times the gain that fits best,
+    lower the squared error by (sum of h goal)^2 / sum of h^2.
     """
     value, token = h.topk(wide + 1)
-    dot, square = (value * goal[token]).cumsum(0), value.pow(2).cumsum(0).clamp(min=1e-12)
+    dot, square = (value * goal[token]).cumsum(-1), value.pow(2).cumsum(-1).clamp(min=1e-12)
     n = torch.arange(1, wide + 2, device=h.device)
     worth = torch.where((dot > 0) & (value > 0), dot.pow(2) / square, 0.0) - price * n
-    last = int(worth[:wide].argmax())
-    if worth[last] <= 0:
-        return _Cut(0.0, token[:0], value[:0], max(0.0, value[0].item()), 1.0)
-    threshold = value[last : last + 2].mean().item()
-    prior = PRIOR * square[last] / n[last]
-    gain = ((dot[last] + prior) / (square[last] + prior)).item()
-    return _Cut(worth[last].item(), token[: last + 1], value[: last + 1], max(0.0, threshold), gain)
+    tilt, last = divmod(int(worth[:, :wide].argmax()), wide)
+    if worth[tilt, last] <= 0:
+        return 0, 1.0, max(0.0, value[0, 0].item()), token[0, :0], value[0, :0]
+    threshold = max(0.0, value[tilt, last : last + 2].mean().item())
+    prior = PRIOR * square[tilt, last] / n[last]
+    gain = ((dot[tilt, last] + prior) / (square[tilt, last] + prior)).item()
+    return tilt, gain, threshold, token[tilt, : last + 1], value[tilt, : last + 1]

@@ -1,6 +1,7 @@
 """TopK to JumpReLU: the same outputs before and after folding, k latents on average, and SAELens' own class."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,12 @@ def topk(rescale: bool, **fields) -> TopKSAE:
     return sae
 
 
+def converted(*given: Any, **how: Any) -> tuple[Any, SimpleNamespace]:
+    """Return the JumpReLU and what its metadata say of the change."""
+    sae = to_jumprelu(*given, **how)
+    return sae, SimpleNamespace(**sae.cfg.metadata.jumprelu_export)
+
+
 def by_hand(sae: TopKSAE, theta: float, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the reconstruction and how many latents fire when those whose TopK score is above theta do."""
     pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
@@ -41,7 +48,7 @@ def by_hand(sae: TopKSAE, theta: float, x: torch.Tensor) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("rescale", [True, False])
 def test_the_export_fires_k_on_average_and_says_what_the_weights_said(rescale):
     sae, x = topk(rescale), 2 * torch.randn(20 * CHUNK + 17, 32)
-    exported, report = to_jumprelu(sae, x, thresholds="one")
+    exported, report = converted(sae, x, thresholds="one")
     assert type(exported).__name__ == "JumpReLUSAE" and exported.cfg.architecture() == "jumprelu"
     checks = torch.arange(len(x)) % 5 == 4
     assert report.n_tokens == (~checks).sum() and report.n_tokens_checked == checks.sum()
@@ -59,7 +66,7 @@ def test_the_export_fires_k_on_average_and_says_what_the_weights_said(rescale):
 
 def test_with_unit_norms_inside_the_topk_one_threshold_serves_all_latents():
     """Folding leaves the score as the pre-activation: Llama Scope's single scalar."""
-    exported, report = to_jumprelu(topk(True), torch.randn(2000, 32), thresholds="one")
+    exported, report = converted(topk(True), torch.randn(2000, 32), thresholds="one")
     assert torch.allclose(exported.threshold, torch.full((200,), report.threshold), rtol=1e-5)
 
 
@@ -67,8 +74,8 @@ def test_an_input_scale_is_folded():
     x = 7 * torch.randn(4000, 32) + 1
     scale = 32**0.5 / x.norm(dim=-1).mean()
     scaled, plain = topk(True, normalize_activations="expected_average_only_in"), topk(True)
-    exported, _ = to_jumprelu(scaled, x, thresholds="one")
-    other, _ = to_jumprelu(plain, x * scale, thresholds="one")
+    exported = to_jumprelu(scaled, x, thresholds="one")
+    other = to_jumprelu(plain, x * scale, thresholds="one")
     assert exported.cfg.normalize_activations == "none"
     assert torch.allclose(exported(x), other(x * scale) / scale, atol=1e-3)
 
@@ -78,7 +85,7 @@ def kept(sae: TopKSAE, x: torch.Tensor, y: torch.Tensor, l0_within: float = 0.02
 
     L0 is k in both.
     """
-    made = [to_jumprelu(sae, x, y, **given, thresholds=how) for how in ("one", "calibrated")]
+    made = [converted(sae, x, y, **given, thresholds=how) for how in ("one", "calibrated")]
     assert [report.l0 for _, report in made] == pytest.approx(2 * [sae.cfg.k], rel=l0_within)
     return [*(report.explained_variance / report.explained_variance_before for _, report in made), *made[1]]
 
@@ -113,7 +120,7 @@ def test_tokens_that_check_the_thresholds_do_not_set_them_and_no_mean_error_is_l
     torch.manual_seed(4)
     x = torch.randn(1000, 32) + 1
     other = torch.where((torch.arange(1000) % 5 == 4)[:, None], 3 * x, x)  # others to check with
-    one, two = (to_jumprelu(topk(True), each)[0] for each in (x, other))
+    one, two = (to_jumprelu(topk(True), each) for each in (x, other))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     seen = x[torch.arange(1000) % 5 != 4]
     assert (seen - one(seen)).mean(0).abs().max() < 1e-4
@@ -134,7 +141,7 @@ def test_few_positive_latents_give_threshold_zero():
     sae = topk(True)
     with torch.no_grad():
         sae.b_enc.fill_(-30.0)
-    exported, report = to_jumprelu(sae, torch.randn(500, 32))
+    exported, report = converted(sae, torch.randn(500, 32))
     assert report.threshold == 0 and report.l0 == pytest.approx(report.l0_before) and report.l0 < K
     assert (exported.encode(torch.randn(9, 32)) >= 0).all()
 
@@ -147,7 +154,7 @@ def test_a_transcoder_becomes_saelens_own_class(tmp_path, skip):
     with torch.no_grad():
         transcoder.W_skip.normal_(std=0.1 if skip else 0.0)
     x, y = torch.randn(4000, 32), torch.randn(4000, 24)
-    exported, report = to_jumprelu(transcoder, x, y, thresholds="one")
+    exported, report = converted(transcoder, x, y, thresholds="one")
     loaded = SAE.load_from_disk(save_sae(exported, tmp_path / "tc"))
     assert loaded.cfg.architecture() == ("jumprelu_skip_transcoder" if skip else "jumprelu_transcoder")
     assert abs(report.l0 - K) < 0.05 * K

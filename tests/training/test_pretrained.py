@@ -73,7 +73,7 @@ def test_a_threshold_is_set_or_kept(from_sae, trained_sae, x, tmp_path):
     of_topk = {"k": None, "aux_loss_coefficient": None, "normalize_activations": "none"}
     sae = started(from_sae(trained_sae, architecture="jumprelu", **of_topk), x)
     assert mean_l0(sae, x) == pytest.approx(mean_l0(load_sae(trained_sae), x), rel=0.05)
-    jumprelu = save_sae(to_jumprelu(load_sae(trained_sae), x, thresholds="one")[0], tmp_path / "jumprelu")
+    jumprelu = save_sae(to_jumprelu(load_sae(trained_sae), x, thresholds="one"), tmp_path / "jumprelu")
     sae = started(from_sae(jumprelu, architecture="jumprelu", **of_topk), x)
     assert torch.allclose(sae(x[:200]), load_sae(jumprelu)(x[:200]), atol=1e-5)
     sae = started(from_sae(jumprelu, architecture="batchtopk", k=5, normalize_activations="none"), x, 0.5)

@@ -58,7 +58,7 @@ def export_set(
                 report = export_jumprelu(sae, model, corpus, Path(folder) / "sae", **reading)
                 plain = load_sae(Path(folder) / "sae")
             told = ("l0_before", "l0", "explained_variance_before", "explained_variance")
-            row |= {key: getattr(report, key) for key in told}
+            row |= {key: report[key] for key in told}
         save_file(_tensors(plain, layer), out / f"layer_{layer}.safetensors")
         rows.append(row)
     hook = saes[0].cfg.metadata.hook_name.split(".", 2)[2]
