@@ -27,7 +27,7 @@ from sae_italian.analysis.tasks import agreement_pairs
 from sae_italian.analysis.treebank import FEATURES, Word, read_treebank
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import read_yaml
-from sae_italian.corpora.catalogue import PREFIX, Route, list_files, open_file
+from sae_italian.corpora.catalogue import PREFIX, list_files, open_file
 from sae_italian.corpora.stream import MICRO_ITALIANO, iter_documents
 
 RUN = 20  # sentences of a treebank that count as one document
@@ -295,7 +295,7 @@ def read_set(name: str, one: HubSet) -> tuple[list[Passage], str]:
     found: list[Passage] = []
     commit = ""
     for split, pattern in one["files"].items():
-        commit, sizes = list_files(Route(hub=one["hub"], revision="refs/convert/parquet", files=(pattern,)), name)
+        commit, sizes = list_files({"hub": one["hub"], "revision": "refs/convert/parquet", "files": [pattern]}, name)
         rows: list[dict[str, Any]] = []
         for path in sizes:
             with open_file(f"{PREFIX}{one['hub']}@{commit}/{path}") as handle:

@@ -164,11 +164,11 @@ def list_corpora() -> Result:
     entries = known_corpora().values()
     rows = [(MICRO, "no end", "MIT", "no", "in this package (gold labels)")]
     for entry in entries:
-        size = f"{entry.bytes / 1e9:.1f} GB" if entry.bytes else "size not stated"
-        size = f"{entry.words / 1e9:.1f} G words" if entry.words else size
-        rows.append((entry.name, size, entry.licence, "yes" if entry.gated else "no", ", ".join(entry.routes)))
-    values = [entry.model_dump(mode="json") for entry in entries]
-    return Result(values, table("name | size | licence | gated | routes", rows))
+        size = f"{entry['bytes'] / 1e9:.1f} GB" if entry["bytes"] else "size not stated"
+        size = f"{entry['words'] / 1e9:.1f} G words" if entry["words"] else size
+        gated = "yes" if entry["gated"] else "no"
+        rows.append((entry["name"], size, entry["licence"], gated, ", ".join(entry["routes"])))
+    return Result(list(entries), table("name | size | licence | gated | routes", rows))
 
 
 def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_column: TextColumn = "text") -> Result:
@@ -181,7 +181,7 @@ def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_
     from sae_italian.corpora.stream import CorpusStream
 
     located = find(corpus)
-    value: dict[str, Any] = {"facts": located[0].model_dump(mode="json") if located else None, "documents": []}
+    value: dict[str, Any] = {"facts": located[0] if located else None, "documents": []}
     parts = [facts(value["facts"])] if located else []
     if documents or not located:
         stream = CorpusStream(corpus, _reader(words, text_column=text_column)[0])

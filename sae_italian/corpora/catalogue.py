@@ -13,8 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import explain
 from sae_italian.base.storage import read_yaml
@@ -22,67 +20,54 @@ from sae_italian.base.storage import read_yaml
 PREFIX = "hf://datasets/"
 
 
-class Route(BaseModel, extra="forbid", frozen=True):
-    """One way to a corpus' files: a listing of the hub repository, narrowed to the shards of one split."""
-
-    files: tuple[str, ...]
-    """Patterns of fnmatch on the path inside the repository; `*` also matches `/`."""
-    hub: str
-    revision: str = "main"
-    exclude: tuple[str, ...] = ()
-    first: int | None = None
-    """This many shards, in the order of their names; None: all."""
-    text_columns: tuple[str, ...] = ()
-    """Read instead of the entry's own."""
-    note: str = ""
-
-
-class CorpusEntry(BaseModel, extra="forbid", frozen=True):
-    """One corpus of the catalogue. Sizes are as published, None where nobody says."""
-
-    name: str
-    hub: str
-    routes: dict[str, Route]
-    """The first is the default."""
-    text_columns: tuple[str, ...]
-    """The first that a shard has is read; `a.b` reads inside a struct."""
-    languages: tuple[str, ...]
-    licence: str
-    gated: bool
-    note: str
-    split: str = "train"
-    aliases: tuple[str, ...] = ()
-    documents: int | None = None
-    words: int | None = None
-    bytes: int | None = None
-    traps: tuple[str, ...] = ()
-    shuffle_shards: bool = True
-    min_chars: int = 0
-    max_chars: int | None = None
+# What catalogue.yaml says of a corpus and of a way to its files, in this order, and what it means where it says nothing.
+Entry = dict[str, Any]
+Route = dict[str, Any]
+ENTRY: Entry = {
+    **dict.fromkeys(("name", "hub", "routes", "text_columns", "languages", "licence", "gated", "note")),
+    "split": "train",
+    "aliases": [],
+    **dict.fromkeys(("documents", "words", "bytes")),
+    "traps": [],
+    "shuffle_shards": True,
+    "min_chars": 0,
+    "max_chars": None,
+}
+ROUTE: Route = {
+    "files": [],
+    "hub": None,
+    "revision": "main",
+    "exclude": [],
+    "first": None,
+    "text_columns": [],
+    "note": "",
+}
 
 
 @cache
-def catalogue() -> dict[str, CorpusEntry]:
+def catalogue() -> dict[str, Entry]:
     """Return the catalogue by name, in the order of catalogue.yaml; a route's repository is the entry's by default."""
     entries = read_yaml(Path(__file__).with_name("catalogue.yaml"))
     for name, entry in entries.items():
-        routes = {key: {"hub": entry["hub"], **route} for key, route in entry["routes"].items()}
-        entries[name] = CorpusEntry(name=name, **{**entry, "routes": routes})
+        routes = {key: ROUTE | {"hub": entry["hub"]} | route for key, route in entry["routes"].items()}
+        entries[name] = ENTRY | entry | {"name": name, "routes": routes}
     return entries
 
 
-def find(name: str) -> tuple[CorpusEntry, Route] | None:
+def find(name: str) -> tuple[Entry, Route] | None:
     """Return the entry and route of `name` or `name@route` (any case, alias or hub id), None when it is not known.
 
     Raises: UsageError for an unknown route of a known corpus.
     """
     wanted, _, route = name.strip().partition("@")
     for entry in catalogue().values():
-        if wanted.lower() in {entry.name, *entry.aliases}:
-            chosen = route or next(iter(entry.routes))
-            if chosen not in entry.routes:
-                raise UsageError(f"corpus {entry.name!r} has no route {chosen!r}. {nearest(chosen, entry.routes)}")
-            return entry, entry.routes[chosen]
+        if wanted.lower() in {entry["name"], *entry["aliases"]}:
+            chosen = route or next(iter(entry["routes"]))
+            if chosen not in entry["routes"]:
+                raise UsageError(
+                    f"corpus {entry['name']!r} has no route {chosen!r}. {nearest(chosen, entry['routes'])}"
+                )
+            return entry, entry["routes"][chosen]
     return None
 
 
@@ -97,19 +82,20 @@ def list_files(route: Route, name: str) -> tuple[str, dict[str, int]]:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    api = HfApi()
-    with explained(name, route.hub, route.revision):
-        commit = api.dataset_info(route.hub, revision=route.revision).sha or route.revision
-        tree = list(api.list_repo_tree(route.hub, repo_type="dataset", revision=commit, recursive=True))
+    api, route = HfApi(), ROUTE | route
+    hub, revision = route["hub"], route["revision"]
+    with explained(name, hub, revision):
+        commit = api.dataset_info(hub, revision=revision).sha or revision
+        tree = list(api.list_repo_tree(hub, repo_type="dataset", revision=commit, recursive=True))
     files = {item.path: item.size for item in tree if isinstance(item, RepoFile)}
-    chosen = sorted({path for pattern in route.files for path in files if fnmatchcase(path, pattern)})
-    chosen = [path for path in chosen if not any(fnmatchcase(path, pattern) for pattern in route.exclude)]
+    chosen = sorted({path for pattern in route["files"] for path in files if fnmatchcase(path, pattern)})
+    chosen = [path for path in chosen if not any(fnmatchcase(path, pattern) for pattern in route["exclude"])]
     if not chosen:
         raise UsageError(
-            f"corpus {name!r}: {route.hub}@{route.revision} holds {len(files)} files, none of them "
-            f"{' or '.join(route.files)}. Its layout has changed: give the files, as {PREFIX}owner/name/pattern."
+            f"corpus {name!r}: {hub}@{revision} holds {len(files)} files, none of them {' or '.join(route['files'])}. "
+            f"Its layout has changed: give the files, as {PREFIX}owner/name/pattern."
         )
-    return commit, {path: files[path] for path in chosen[: route.first]}
+    return commit, {path: files[path] for path in chosen[: route["first"]]}
 
 
 def route_of_url(url: str) -> Route:
@@ -118,7 +104,7 @@ def route_of_url(url: str) -> Route:
     if match is None:
         raise UsageError(f"{url!r} is not of the form {PREFIX}owner/name[@revision]/pattern, e.g. .../*.parquet.")
     hub, revision, pattern = match.groups()
-    return Route(files=(pattern,), hub=hub, revision=(revision or "main").replace("%2F", "/"))
+    return {"files": [pattern], "hub": hub, "revision": (revision or "main").replace("%2F", "/")}
 
 
 def open_file(url: str) -> Any:
@@ -146,7 +132,7 @@ def explained(name: str, hub: str, revision: str = "main") -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         unknown = isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError)
         if unknown or status in (401, 403):
-            free = [entry.name for entry in catalogue().values() if not entry.gated]
+            free = [entry["name"] for entry in catalogue().values() if not entry["gated"]]
             why = explain(error, f"corpus {name!r}", revision, repo_id=f"datasets/{hub}")
             raise UsageError(f"{why} Corpora without a gate: {', '.join(free[:3])}.") from error
         # httpx in one version of the hub's client, httpx2 in the next: told by the module's name, so neither is needed

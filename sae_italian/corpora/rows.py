@@ -34,6 +34,7 @@ ROWS_PER_BATCH = 256
 HASHED_WHOLE = 2**28  # bytes of a corpus, about half a second
 HELD_OUT_PERMILLE = 50
 KNOWN_MICRO = 250_000  # documents, a million held-out tokens: to know by the hash, all must be made
+Cells = tuple[Any, ...]
 AGAIN = "Get it again and resume, or skip it (on_broken=skip)."
 
 
@@ -45,14 +46,6 @@ class Broken(NamedTuple):
 
 
 OTHER_SPLIT = Broken("other_split", "")  # of a document that is known not to be of the split that is read
-
-
-class Row(NamedTuple):
-    """The text of one row, whatever its type, or what is wrong with it; and its `source` column."""
-
-    number: int | None  # None: the whole file is broken from here on
-    text: Any
-    source: Any = None
 
 
 class TextFile(NamedTuple):
@@ -129,23 +122,25 @@ class _NoText(Exception):
     """A file has no column of text."""
 
 
-def rows(shard: TextFile, columns: Sequence[str], start: int = 0) -> Iterator[Row]:
-    """Yield the rows of a shard from row `start` on; `columns` may hold the text, the first that is found.
+def rows(shard: TextFile, columns: Sequence[str], start: int = 0) -> Iterator[tuple[int | None, Any, Any]]:
+    """Yield the rows of a shard from row `start` on: number, text (whatever its type, or what is wrong), source or None.
 
-    A file that cannot be read on ends with a row that says so. Raises: UsageError when the hub refuses.
+    `columns` may hold the text, the first that is found. A file that cannot be read on ends with a row that says so, and
+    has no number. Raises: UsageError when the hub refuses.
     """
     try:
         with nullcontext() if shard.is_local else explained(shard.corpus, str(shard).partition("@")[0]):
-            yield from READERS[shard.kind](shard, columns, start)
+            for number, (text, *source) in enumerate(READERS[shard.kind](shard, columns, start), start):
+                yield number, "" if text is None else text, source[0] if source else None
     except _NoText as error:
-        yield Row(None, Broken("other_schema", f"{shard}{error}"))
+        yield None, Broken("other_schema", f"{shard}{error}"), None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield Row(None, Broken("truncated_shard", f"{shard} ends early or is no gzip file ({error}). {AGAIN}"))
+        yield None, Broken("truncated_shard", f"{shard} ends early or is no gzip file ({error}). {AGAIN}"), None
     except FileNotFoundError:
-        yield Row(None, Broken("shard_gone", f"{shard} disappeared while it was read. {AGAIN}"))
+        yield None, Broken("shard_gone", f"{shard} disappeared while it was read. {AGAIN}"), None
     except (pa.ArrowException, OSError) as error:
         why = " ".join(str(error).split())
-        yield Row(None, Broken("broken_shard", f"{shard} is no whole {shard.kind[1:]} file ({why}). {AGAIN}"))
+        yield None, Broken("broken_shard", f"{shard} is no whole {shard.kind[1:]} file ({why}). {AGAIN}"), None
 
 
 def _broken(reason: str, where: str, why: str) -> Broken:
@@ -160,33 +155,36 @@ def _no_column(columns: Sequence[str], found: Iterable[object]) -> _NoText:
     return _NoText(f" has no column {columns[0]!r}; it has {', '.join(map(repr, names))}. {remedy}")
 
 
-def _jsonl(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
+# Each reader yields (text,) or (text, source) of the rows from row `start` on.
+
+
+def _jsonl(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Cells]:
     lines = ((number, line) for number, line in enumerate(shard.lines(), 1) if line.strip())
-    for number, (line_number, line) in islice(enumerate(lines), start, None):
-        where = f"{shard}, line {line_number}"
+    for number, line in islice(lines, start, None):
+        where = f"{shard}, line {number}"
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError(f"a JSON object was expected, found {type(row).__name__}")
-            found = _from_columns(number, row, columns)
+            found = _from_columns(row, columns)
         except _NoText as error:  # of this row alone: others may have it
-            found = Row(number, Broken("not_text", f"{where}{error} Or skip such rows (on_broken=skip)."))
+            found = (Broken("not_text", f"{where}{error} Or skip such rows (on_broken=skip)."),)
         except (ValueError, RecursionError) as error:
-            found = Row(number, _broken("broken_json", where, f"not JSON ({getattr(error, 'msg', error)})"))
+            found = (_broken("broken_json", where, f"not JSON ({getattr(error, 'msg', error)})"),)
         yield found
 
 
-def _from_columns(number: int, row: dict[str, Any], columns: Sequence[str]) -> Row:
+def _from_columns(row: dict[str, Any], columns: Sequence[str]) -> Cells:
     for column in columns:
         value: Any = row
         for key in [column] if column in row else column.split("."):
             value = value.get(key, row) if isinstance(value, dict) else row
         if value is not row:
-            return Row(number, "" if value is None else value, row.get("source"))
+            return value, row.get("source")
     raise _no_column(columns, list(row))
 
 
-def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
+def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Cells]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     lines = shard.lines()
     head = next((line for line in lines if line.strip()), "")
@@ -201,10 +199,10 @@ def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
         if row is None:
             return
         if number >= start:
-            yield Row(number, row) if isinstance(row, Broken) else _from_columns(number, row, columns)
+            yield (row,) if isinstance(row, Broken) else _from_columns(row, columns)
 
 
-def _txt(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
+def _txt(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Cells]:
     """Paragraphs: documents are separated by blank lines. Of an endless one no more than MAX_LINE characters are held."""
     number, held, paragraph = 0, 0, []
     for raw in chain(shard.lines(), [""]):  # a blank line ends the last one, too
@@ -215,18 +213,18 @@ def _txt(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
                     paragraph.append(line)
             elif paragraph:
                 if number >= start:
-                    yield Row(number, "\n".join(paragraph))
+                    yield ("\n".join(paragraph),)
                 number, held, paragraph = number + 1, 0, []
 
 
-def _conllu(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
+def _conllu(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Cells]:
     """Sentences: the surface text that `# text =` gives, with multi-word tokens unsplit."""
     texts = (line.partition("=")[2].strip() for line in shard.lines() if line.startswith("# text ="))
-    for number, text in islice(enumerate(texts), start, None):
-        yield Row(number, text)
+    for text in islice(texts, start, None):
+        yield (text,)
 
 
-def _parquet(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
+def _parquet(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Cells]:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(shard.path if shard.is_local else shard.open(), pre_buffer=False)
@@ -234,14 +232,15 @@ def _parquet(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Ro
     for group in range(file.num_row_groups):
         n_rows = file.metadata.row_group(group).num_rows
         if first + n_rows > start:  # a group before the start is not read at all
-            yield from _table_rows(file.iter_batches(ROWS_PER_BATCH, [group], names), names, first, start)
+            batches = file.iter_batches(ROWS_PER_BATCH, [group], names)
+            yield from _table_rows(batches, names, max(start - first, 0))
         first += n_rows
 
 
-def _arrow(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Row]:
+def _arrow(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Cells]:
     """A shard of a `save_to_disk` folder, memory-mapped."""
     with pa.memory_map(shard.path) as source, pa.ipc.open_stream(source) as stream:
-        yield from _table_rows(stream, _table_columns(stream.schema, columns), 0, start)
+        yield from _table_rows(stream, _table_columns(stream.schema, columns), start)
 
 
 def _table_columns(schema: pa.Schema, columns: Sequence[str]) -> list[str]:
@@ -257,14 +256,12 @@ def _table_columns(schema: pa.Schema, columns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys((column, "source"))) if "source" in flat.names else [column]
 
 
-def _table_rows(batches: Iterable[pa.RecordBatch], names: list[str], first: int, start: int) -> Iterator[Row]:
-    """Yield the rows of batches that begin at row `first`, from row `start` on."""
+def _table_rows(batches: Iterable[pa.RecordBatch], names: list[str], skip: int) -> Iterator[Cells]:
+    """Yield the rows of batches but for the first `skip`."""
     for batch in batches:
-        skip = max(start - first, 0)
-        columns = pa.Table.from_batches([batch.slice(skip)]).flatten().select(names).columns
-        for number, (text, *source) in enumerate(zip(*map(_strings, columns), strict=True), first + skip):
-            yield Row(number, "" if text is None else text, *source)
-        first += len(batch)
+        rest = batch.slice(min(skip, len(batch)))
+        skip -= len(batch) - len(rest)
+        yield from zip(*map(_strings, pa.Table.from_batches([rest]).flatten().select(names).columns), strict=True)
 
 
 def _strings(column: pa.ChunkedArray) -> list[Any]:
@@ -276,14 +273,14 @@ def _strings(column: pa.ChunkedArray) -> list[Any]:
         return [value if value is None else value.decode("utf-8", "replace") for value in raw]
 
 
-def _micro(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Row]:
+def _micro(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Cells]:
     from sae_italian import micro_italiano
 
     known = _held_out_of_seed_0() if shard.kind == HELD_OUT_MICRO and shard.path == "0" else ()
     for index in count(start):
         skipped = known and index < KNOWN_MICRO and index not in known
         document = None if skipped else micro_italiano.document(index, int(shard.path))
-        yield Row(index, OTHER_SPLIT) if document is None else Row(index, document.text, document.register)
+        yield (OTHER_SPLIT,) if document is None else (document.text, document.register)
 
 
 @cache
@@ -292,7 +289,7 @@ def _held_out_of_seed_0() -> frozenset[int]:
     return frozenset(accumulate(map(int, Path(__file__).with_name("micro_held_out.txt").read_text("ascii").split())))
 
 
-READERS: dict[str, Callable[[TextFile, Sequence[str], int], Iterator[Row]]] = {
+READERS: dict[str, Callable[[TextFile, Sequence[str], int], Iterator[Cells]]] = {
     **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz"), _jsonl),
     **dict.fromkeys((".csv", ".csv.gz"), _csv),
     **dict.fromkeys((".txt", ".txt.gz"), _txt),
@@ -312,8 +309,9 @@ LOCAL_ENDINGS = tuple(ending for ending in HUB_ENDINGS if ending not in (".arrow
 def hub_shards(route: Route, name: str, source: str) -> list[TextFile]:
     """Return the shards of a route of the corpus `name`. Raises: UsageError for a file that cannot be read, as `hub`."""
     commit, sizes = list_files(route, name)
+    where = f"{PREFIX}{route['hub']}@{commit}"
     return [
-        TextFile(path, f"{PREFIX}{route.hub}@{commit}/{path}", _kind(path, HUB_ENDINGS), source, [size, commit], name)
+        TextFile(path, f"{where}/{path}", _kind(path, HUB_ENDINGS), source, [size, commit], name)
         for path, size in sizes.items()
     ]
 

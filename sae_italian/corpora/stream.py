@@ -14,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,24 +78,22 @@ class _Part:
 
     def __init__(self, name: str, reader: Reader, counts: DocumentCounts):
         self.name, self.skip_broken, self.counts = name, reader.on_broken == "skip", counts
-        self.columns: tuple[str, ...] = (reader.text_column,)
-        self.min_chars, self.max_chars, shuffled = 0, reader.max_chars, reader.shuffle_shards
-        located = None if path_of(name).exists() else find(name)
+        entry, route = (None if path_of(name).exists() else find(name)) or ({}, {})
         if name == MICRO_ITALIANO:
             kind = rows.HELD_OUT_MICRO if reader.split == "heldout" else name
             self.shards = [rows.TextFile(f"{name}/{reader.seed}", str(reader.seed), kind, name)]
-        elif located is not None:
-            entry, route = located
-            self.shards = rows.hub_shards(route, entry.name, entry.name)
-            if reader.text_column == "text":
-                self.columns = route.text_columns or entry.text_columns
-            self.min_chars, self.max_chars = entry.min_chars, min(self.max_chars, entry.max_chars or self.max_chars)
-            shuffled = entry.shuffle_shards if shuffled is None else shuffled
+        elif entry:
+            self.shards = rows.hub_shards(route, entry["name"], entry["name"])
         elif name.startswith(PREFIX):
             route = route_of_url(name)
-            self.shards = rows.hub_shards(route, name, route.hub.rpartition("/")[2])
+            self.shards = rows.hub_shards(route, name, route["hub"].rpartition("/")[2])
         else:
             self.shards = rows.local_shards(path_of(name))
+        known = reader.text_column == "text" and (route.get("text_columns") or entry.get("text_columns"))
+        self.columns: list[str] = known or [reader.text_column]
+        self.min_chars = entry.get("min_chars", 0)
+        self.max_chars = min(reader.max_chars, entry.get("max_chars") or reader.max_chars)
+        shuffled = entry.get("shuffle_shards") if reader.shuffle_shards is None else reader.shuffle_shards
         if shuffled:
             self.shards.sort(key=lambda shard: fingerprint([reader.seed, shard.name]))
         self.load({"shard": self.shards[0].name if self.shards else None, "row": 0})
@@ -104,15 +103,15 @@ class _Part:
         mark = "/" if self.name == MICRO_ITALIANO else ":"
         while self.shard < len(self.shards):
             shard = self.shards[self.shard]
-            for row in rows.rows(shard, self.columns, self.row):
-                if row.number is None:  # the file is broken from here on
-                    self._broken(row.text, documents=0)
+            for number, found, source in rows.rows(shard, self.columns, self.row):
+                if number is None:  # the file is broken from here on
+                    self._broken(found, documents=0)
                     break
-                self.row = row.number + 1
-                text = "" if row.text is rows.OTHER_SPLIT else self._text(shard, row)
+                self.row = number + 1
+                text = "" if found is rows.OTHER_SPLIT else self._text(found, f"{shard}, row {number}")
                 if text is not None:
-                    source = row.source if row.source and isinstance(row.source, str) else shard.source
-                    yield TextDocument(text, f"{shard.name}{mark}{row.number}", source)
+                    source = source if source and isinstance(source, str) else shard.source
+                    yield TextDocument(text, f"{shard.name}{mark}{number}", source)
             self.shard, self.row = self.shard + 1, 0
 
     def _broken(self, broken: Broken, documents: int = 1) -> None:
@@ -120,9 +119,8 @@ class _Part:
             raise DataError(broken.message)
         self.counts.drop(broken.reason, documents)
 
-    def _text(self, shard: rows.TextFile, row: rows.Row) -> str | None:
+    def _text(self, text: Any, where: str) -> str | None:
         """Return the text of a row, mended; None when there is none, the reason counted."""
-        text = row.text
         if isinstance(text, str) and "\x00" in text:
             text = text.replace("\x00", "")
             self.counts.mended["nul_bytes"] += 1
@@ -133,7 +131,7 @@ class _Part:
         elif not text.strip():
             self.counts.drop("empty")
         elif len(text) > self.max_chars:
-            why = f"{shard}, row {row.number}: longer than {self.max_chars:,} characters. Skip it (on_broken=skip)."
+            why = f"{where}: longer than {self.max_chars:,} characters. Skip it (on_broken=skip)."
             self._broken(Broken("too_long", why))
         elif len(text) < self.min_chars:
             self.counts.drop("too_short")
@@ -242,14 +240,10 @@ class CorpusStream:
             part, self.turn = self.turn, (self.turn + 1) % len(self.parts)
             return part
         digest = hashlib.blake2b(f"{self.reader.seed}/{self.n_picks}".encode(), digest_size=8).digest()
-        left = [0.0 if ended else weight for weight, ended in zip(self.weights, self.ended, strict=True)]
-        point = int.from_bytes(digest, "big") / 2**64 * sum(left)
-        alive = [part for part, weight in enumerate(left) if weight > 0]
-        for part in alive[:-1]:
-            point -= left[part]
-            if point < 0:
-                return part
-        return alive[-1]
+        left = (0.0 if ended else weight for weight, ended in zip(self.weights, self.ended, strict=True))
+        edges = list(accumulate(left))
+        last = max(part for part, ended in enumerate(self.ended) if not ended)  # for a point rounded up to the end
+        return min(bisect_right(edges, int.from_bytes(digest, "big") / 2**64 * edges[-1]), last)
 
     def spec(self) -> dict[str, Any]:
         """Return all that decides the documents, to compare before a resumed run."""

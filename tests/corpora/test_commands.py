@@ -19,9 +19,13 @@ def test_list_and_show(capsys):
 
 def test_the_catalogue_is_complete():
     for entry in catalogue.catalogue().values():
-        assert entry.hub.count("/") == 1 and entry.licence and entry.routes and entry.text_columns and entry.traps
-        assert all(route.files for route in entry.routes.values())
-    gated = {entry.name for entry in catalogue.catalogue().values() if entry.gated}
+        assert (
+            all(entry[key] for key in ("licence", "routes", "text_columns", "traps")) and entry["hub"].count("/") == 1
+        )
+        assert set(entry) == set(catalogue.ENTRY), "a key that nobody reads"
+        for route in entry["routes"].values():
+            assert route["files"] and set(route) == set(catalogue.ROUTE)
+    gated = {entry["name"] for entry in catalogue.catalogue().values() if entry["gated"]}
     assert gated == {"culturax-it", "oscar-it"}
 
 

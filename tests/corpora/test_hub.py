@@ -105,10 +105,10 @@ def test_every_corpus_of_the_catalogue_is_read_by_its_route(server, name, n, beg
 
 def test_sizes_of_clean_mc4_are_prefixes_of_the_raw_shards(server):
     _, route = catalogue.find("clean-mc4-it-tiny") or pytest.fail()
-    names = list(catalogue.list_files(route.model_copy(update={"first": 2}), "x")[1])
+    names = list(catalogue.list_files(route | {"first": 2}, "x")[1])
     assert len(names) == 2 and names == sorted(names) and not any("validation" in name for name in names)
     firsts = [
-        catalogue.catalogue()[f"clean-mc4-it-{size}"].routes["raw"].first
+        catalogue.catalogue()[f"clean-mc4-it-{size}"]["routes"]["raw"]["first"]
         for size in ("tiny", "small", "medium", "large", "full")
     ]
     assert firsts == [100, 200, 500, 750, None]
