@@ -10,24 +10,23 @@ works, and none by a guess. Where a block has a norm behind the attention or the
 """
 
 import re
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sae_italian.base.errors import UsageError, nearest
 
 Site = Literal["R", "A", "M", "TC"]
 
-
-# The Bridge's name of each legacy name; what stands before its last dot is the block's part, nothing for the block itself.
-_BRIDGE = {
-    "hook_resid_pre": "hook_in",
-    "hook_resid_post": "hook_out",
-    "hook_attn_out": "attn.hook_out",
-    "hook_mlp_out": "mlp.hook_out",
-    "mlp.hook_in": "mlp.hook_in",
-    "ln2.hook_normalized": "ln2.hook_normalized",
-}
 SITES: dict[Site, str] = {"R": "hook_resid_post", "A": "hook_attn_out", "M": "hook_mlp_out", "TC": "mlp.hook_in"}
+# Of each legacy name: the Bridge's name (before its last dot stands the block's part, nothing for the block itself), the
+# site, and whether the activation is the Hugging Face module's first input, not its output.
+_HOOKS: dict[str, tuple[str, Site | None, bool]] = {
+    "hook_resid_pre": ("hook_in", None, True),
+    "hook_resid_post": ("hook_out", "R", False),
+    "hook_attn_out": ("attn.hook_out", "A", False),
+    "hook_mlp_out": ("mlp.hook_out", "M", False),
+    "mlp.hook_in": ("mlp.hook_in", "TC", True),
+    "ln2.hook_normalized": ("ln2.hook_normalized", "TC", True),
+}
 # What Hugging Face models call a block's container and its parts: how sparsify, Delphi and people name a module's output.
 _PATH = re.compile(r"(?:(?:model|transformer|gpt_neox)\.)?(?:layers|h)\.(\d{1,9})(?:\.(self_attn|attn|attention|mlp))?")
 _OUTPUTS = {None: "hook_resid_post", "mlp": "hook_mlp_out"}  # by the part in a path; else the attention's
@@ -35,12 +34,14 @@ _LLAMA = {"": "", "attn": ".self_attn", "mlp": ".mlp", "ln2": ".post_attention_l
 _adapters: dict[str, Any] = {}  # by what a config says, which is read anew for each SAE
 
 
-@dataclass(frozen=True)
-class Hook:
+class Hook(NamedTuple):
     """One place in the model where activations of shape [batch, pos, d_model] are read."""
 
     layer: int
     legacy: str  # without the blocks.N. prefix
+    bridge: str  # likewise
+    site: Site | None
+    reads_input: bool
 
     @property
     def name(self) -> str:
@@ -50,17 +51,7 @@ class Hook:
     @property
     def llama_path(self) -> str:
         """The module's name in a model of Llama's family, as sparsify and Delphi write it: `layers.14.mlp`."""
-        return f"layers.{self.layer}{_LLAMA[_BRIDGE[self.legacy].rpartition('.')[0]]}"
-
-    @property
-    def site(self) -> Site | None:
-        by_hook: dict[str, Site] = {legacy: site for site, legacy in SITES.items()}
-        return "TC" if self.normalised else by_hook.get(self.legacy)
-
-    @property
-    def reads_input(self) -> bool:
-        """True when the activation is the Hugging Face module's first input, not its output."""
-        return self.normalised or self.legacy in ("hook_resid_pre", "mlp.hook_in")
+        return f"layers.{self.layer}{_LLAMA[self.bridge.rpartition('.')[0]]}"
 
     @property
     def normalised(self) -> bool:
@@ -75,7 +66,7 @@ class Hook:
         adapter = adapter_of(config)
         aliases = adapter.component_mapping["blocks"].hook_aliases
         # The attention's and the MLP's output are where the family's block says, which may be a norm behind them.
-        where = aliases.get(self.legacy, "") if self.site in ("R", "A", "M") else _BRIDGE[self.legacy]
+        where = aliases.get(self.legacy, "") if self.site in ("R", "A", "M") else self.bridge
         part = where.rpartition(".")[0]
         try:
             if not where:
@@ -113,16 +104,15 @@ def parse_hook_name(name: str, n_layers: int | None = None) -> Hook:
     A path means the module's output (`model.layers.3` is `blocks.3.hook_resid_post`), as in sparsify and Delphi.
     Raises: UsageError for an unknown name or a layer the model does not have.
     """
-    hook, layer = None, 0
+    legacy = None
     if match := re.fullmatch(r"blocks\.([0-9]{1,9})\.(.+)", name):
-        layer, rest = int(match[1]), match[2]
-        legacy = next((legacy for legacy, bridge in _BRIDGE.items() if rest in (legacy, bridge)), None)
-        hook = Hook(layer, legacy) if legacy else None
+        legacy = next((legacy for legacy, (bridge, *_) in _HOOKS.items() if match[2] in (legacy, bridge)), None)
     elif match := _PATH.fullmatch(name):
-        hook = Hook(int(match[1]), _OUTPUTS.get(match[2], "hook_attn_out"))
-    if hook is None:
-        examples = [f"blocks.{layer}.{option}" for option in _BRIDGE]
+        legacy = _OUTPUTS.get(match[2], "hook_attn_out")
+    if match is None or legacy is None:
+        examples = [f"blocks.{int(match[1]) if match else 0}.{legacy}" for legacy in _HOOKS]
         raise UsageError(f"hook_name {name!r:.80} is unknown. {nearest(name, examples)}")
+    hook = Hook(int(match[1]), legacy, *_HOOKS[legacy])
     if n_layers is not None and hook.layer >= n_layers:
         raise UsageError(f"hook_name {name!r}: the model has layers 0 to {n_layers - 1}. Use one of these.")
     return hook

@@ -115,11 +115,9 @@ class LoudBridge(_LoudHooks, SAETransformerBridge):
     def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
         """Take an SAE off; the new hook point gets its whole name back, by which TransformerLens looks it up."""
         place = self._transcoder_output_hooks.get(act_name, self._resolve_hook_name(act_name))
-        super()._reset_sae(act_name)
-        if place in self._hook_registry:
+        super()._reset_sae(act_name, prev_wrapper)
+        if prev_wrapper is None and place in self._hook_registry:
             self._hook_registry[place].name = place
-        if prev_wrapper is not None:
-            self.add_sae(prev_wrapper.sae, use_error_term=prev_wrapper.use_error_term)
 
 
 class LoudHooked(_LoudHooks, HookedSAETransformer):
