@@ -130,8 +130,7 @@ def explained(name: str, hub: str, revision: str = "main") -> Iterator[None]:
         raise FileNotFoundError(str(error)) from error
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        unknown = isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError)
-        if unknown or status in (401, 403):
+        if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
             free = [entry["name"] for entry in catalogue().values() if not entry["gated"]]
             why = explain(error, f"corpus {name!r}", revision, repo_id=f"datasets/{hub}")
             raise UsageError(f"{why} Corpora without a gate: {', '.join(free[:3])}.") from error

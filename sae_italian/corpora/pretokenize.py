@@ -280,16 +280,16 @@ class CachedActivations(MappedWindows):
             if name not in rows.column_names:
                 found = ", ".join(map(str, rows.column_names))
                 raise UsageError(f"{where} has no {name!r}, only {found}. {made}")
-        if loose := [name for name in hook_names if not hasattr(rows.features[name], "shape")]:
-            raise UsageError(f"{where} holds {loose[0]!r} as lists without a shape. {made}")
-        self.context_size = context_size or rows.features[hook_names[0]].shape[0]
         for name in hook_names:
-            context, width = rows.features[name].shape
-            if (context, width) != (self.context_size, d_in):
+            if not (shape := getattr(rows.features[name], "shape", None)):
+                raise UsageError(f"{where} holds {name!r} as lists without a shape. {made}")
+            context_size = context_size or shape[0]
+            if tuple(shape) != (context_size, d_in):
                 raise UsageError(
-                    f"{where} has windows of {context} tokens and {width} dimensions at {name}; context_size is "
-                    f"{self.context_size}, the model has {d_in}. Set context_size to that, or take its model."
+                    f"{where} has windows of {shape[0]} tokens and {shape[1]} dimensions at {name}; context_size is "
+                    f"{context_size}, the model has {d_in}. Set context_size to that, or take its model."
                 )
+        self.context_size: Any = context_size
         self.rows: Any = rows.with_format("numpy")
         self.table = rows.with_format("numpy", columns=[TOKENS])
         self.identity = rows._fingerprint  # of datasets: it changes with every change of the rows

@@ -1,7 +1,7 @@
 """Read and replace activations of a Hugging Face model at hooks named as in TransformerLens; run it from one block on."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from typing import Any, cast
@@ -163,14 +163,12 @@ def read_many(model: Any, tokens: Int[Tensor, "batch pos"], hook_names: Sequence
         if len(caught) == len(wanted):
             raise _StopForward
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, suppress(_StopForward):
         for name in wanted:
             stack.enter_context(replaced(model, name, partial(catch, name)))
-        try:
-            model(tokens, use_cache=False)
-        except _StopForward:
-            return caught
-    raise _never_fired(model, next(name for name in wanted if name not in caught))
+        model(tokens, use_cache=False)
+        raise _never_fired(model, next(name for name in wanted if name not in caught))
+    return caught
 
 
 def read_activations(model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_name: str) -> Acts:

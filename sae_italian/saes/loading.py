@@ -194,24 +194,27 @@ def check_hooks(sae: Any, model: Any, *, writes: bool = False) -> str:
     cfg, d_model = sae.cfg, check_model(model).config.hidden_size
     path, trained_at = resolve_hook(model, hook_name)[0].module_path(model.config), cfg.metadata.hf_hook_name
     there = f"it was trained on {cfg.metadata.model_name!r}. Use that model."
-    wrong = ""
     if cfg.metadata.source_format == "sparsify" and not path.endswith(trained_at):
-        wrong = f"the SAE was trained on the output of {trained_at!r}, but {hook_name} of this model is {path!r}."
-    elif cfg.d_in != d_model:
-        wrong = f"the SAE reads {cfg.d_in} dimensions (d_in), but the model has {d_model} at {hook_name}; {there}"
-    elif writes and (d_out := getattr(cfg, "d_out", cfg.d_in)) != d_model:
-        wrong = f"the transcoder writes {d_out} dimensions (d_out), but the model has {d_model} at {hook_out}; {there}"
-    elif writes and resolve_hook(model, hook_out)[0].normalised:
-        wrong = (
+        raise UsageError(
+            f"the SAE was trained on the output of {trained_at!r}, but {hook_name} of this model is {path!r}."
+        )
+    if cfg.d_in != d_model:
+        raise UsageError(
+            f"the SAE reads {cfg.d_in} dimensions (d_in), but the model has {d_model} at {hook_name}; {there}"
+        )
+    if writes and (d_out := getattr(cfg, "d_out", cfg.d_in)) != d_model:
+        raise UsageError(
+            f"the transcoder writes {d_out} dimensions (d_out), but the model has {d_model} at {hook_out}; {there}"
+        )
+    if writes and resolve_hook(model, hook_out)[0].normalised:
+        raise UsageError(
             f"the SAE writes at {hook_out}, which can be read but not replaced: no losses, nothing can be edited there."
         )
-    elif (n_tokens := getattr(model.tokenizer, "vocab_size", 0)) > model.config.vocab_size:
-        wrong = (
+    if (n_tokens := getattr(model.tokenizer, "vocab_size", 0)) > model.config.vocab_size:
+        raise UsageError(
             f"the tokenizer has {n_tokens:,} tokens, the model {model.config.vocab_size:,} rows: it is that of another "
             "model. Load this model's own."
         )
-    elif cfg.metadata.vocabulary and cfg.metadata.vocabulary != vocabulary_hash(model.tokenizer):
-        wrong = f"this model's tokenizer has other tokens than the one that the SAE was trained with; {there}"
-    if wrong:
-        raise UsageError(wrong)
+    if cfg.metadata.vocabulary and cfg.metadata.vocabulary != vocabulary_hash(model.tokenizer):
+        raise UsageError(f"this model's tokenizer has other tokens than the one that the SAE was trained with; {there}")
     return hook_name
