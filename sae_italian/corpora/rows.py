@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache
-from itertools import accumulate, chain, count, islice
+from itertools import accumulate, chain, count, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ ROWS_PER_BATCH = 256
 HASHED_WHOLE = 2**28  # bytes of a corpus, about half a second
 HELD_OUT_PERMILLE = 50
 KNOWN_MICRO = 250_000  # documents, a million held-out tokens: to know by the hash, all must be made
-Cells = tuple[Any, ...]
+Cells = tuple[Any, Any]
 AGAIN = "Get it again and resume, or skip it (on_broken=skip)."
 
 
@@ -130,8 +130,8 @@ def rows(shard: TextFile, columns: Sequence[str], start: int = 0) -> Iterator[tu
     """
     try:
         with nullcontext() if shard.is_local else explained(shard.corpus, str(shard).partition("@")[0]):
-            for number, (text, *source) in enumerate(READERS[shard.kind](shard, columns, start), start):
-                yield number, "" if text is None else text, source[0] if source else None
+            for number, (text, source) in enumerate(READERS[shard.kind](shard, columns, start), start):
+                yield number, "" if text is None else text, source
     except _NoText as error:
         yield None, Broken("other_schema", f"{shard}{error}"), None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -155,7 +155,7 @@ def _no_column(columns: Sequence[str], found: Iterable[object]) -> _NoText:
     return _NoText(f" has no column {columns[0]!r}; it has {', '.join(map(repr, names))}. {remedy}")
 
 
-# Each reader yields (text,) or (text, source) of the rows from row `start` on.
+# Each reader yields the text and the source, None where there is none, of the rows from row `start` on.
 
 
 def _jsonl(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Cells]:
@@ -168,9 +168,9 @@ def _jsonl(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Cell
                 raise ValueError(f"a JSON object was expected, found {type(row).__name__}")
             found = _from_columns(row, columns)
         except _NoText as error:  # of this row alone: others may have it
-            found = (Broken("not_text", f"{where}{error} Or skip such rows (on_broken=skip)."),)
+            found = Broken("not_text", f"{where}{error} Or skip such rows (on_broken=skip)."), None
         except (ValueError, RecursionError) as error:
-            found = (_broken("broken_json", where, f"not JSON ({getattr(error, 'msg', error)})"),)
+            found = _broken("broken_json", where, f"not JSON ({getattr(error, 'msg', error)})"), None
         yield found
 
 
@@ -199,7 +199,7 @@ def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Cells]
         if row is None:
             return
         if number >= start:
-            yield (row,) if isinstance(row, Broken) else _from_columns(row, columns)
+            yield (row, None) if isinstance(row, Broken) else _from_columns(row, columns)
 
 
 def _txt(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Cells]:
@@ -213,7 +213,7 @@ def _txt(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Cells
                     paragraph.append(line)
             elif paragraph:
                 if number >= start:
-                    yield ("\n".join(paragraph),)
+                    yield "\n".join(paragraph), None
                 number, held, paragraph = number + 1, 0, []
 
 
@@ -221,7 +221,7 @@ def _conllu(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Ce
     """Sentences: the surface text that `# text =` gives, with multi-word tokens unsplit."""
     texts = (line.partition("=")[2].strip() for line in shard.lines() if line.startswith("# text ="))
     for text in islice(texts, start, None):
-        yield (text,)
+        yield text, None
 
 
 def _parquet(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Cells]:
@@ -261,7 +261,8 @@ def _table_rows(batches: Iterable[pa.RecordBatch], names: list[str], skip: int) 
     for batch in batches:
         rest = batch.slice(min(skip, len(batch)))
         skip -= len(batch) - len(rest)
-        yield from zip(*map(_strings, pa.Table.from_batches([rest]).flatten().select(names).columns), strict=True)
+        text, *source = map(_strings, pa.Table.from_batches([rest]).flatten().select(names).columns)
+        yield from zip(text, *(source or [repeat(None)]), strict=False)
 
 
 def _strings(column: pa.ChunkedArray) -> list[Any]:
@@ -280,7 +281,7 @@ def _micro(shard: TextFile, _columns: Sequence[str], start: int) -> Iterator[Cel
     for index in count(start):
         skipped = known and index < KNOWN_MICRO and index not in known
         document = None if skipped else micro_italiano.document(index, int(shard.path))
-        yield (OTHER_SPLIT,) if document is None else (document.text, document.register)
+        yield (OTHER_SPLIT, None) if document is None else (document.text, document.register)
 
 
 @cache
