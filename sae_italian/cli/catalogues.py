@@ -161,14 +161,13 @@ def list_corpora() -> Result:
     """Names, licence, gate, size and routes of the known corpora."""
     from sae_italian.corpora.catalogue import catalogue as known_corpora
 
-    entries = known_corpora().values()
+    known = known_corpora()
     rows = [(MICRO, "no end", "MIT", "no", "in this package (gold labels)")]
-    for entry in entries:
+    for name, entry in known.items():
         size = f"{entry['bytes'] / 1e9:.1f} GB" if entry["bytes"] else "size not stated"
         size = f"{entry['words'] / 1e9:.1f} G words" if entry["words"] else size
-        gated = "yes" if entry["gated"] else "no"
-        rows.append((entry["name"], size, entry["licence"], gated, ", ".join(entry["routes"])))
-    return Result(list(entries), table("name | size | licence | gated | routes", rows))
+        rows.append((name, size, entry["licence"], "yes" if entry["gated"] else "no", ", ".join(entry["routes"])))
+    return Result([*known.values()], table("name | size | licence | gated | routes", rows))
 
 
 def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_column: TextColumn = "text") -> Result:
@@ -180,10 +179,10 @@ def show(corpus: Corpus, /, *words: Words, documents: Count | None = None, text_
     from sae_italian.corpora.catalogue import find
     from sae_italian.corpora.stream import CorpusStream
 
-    located = find(corpus)
-    value: dict[str, Any] = {"facts": located[0] if located else None, "documents": []}
-    parts = [facts(value["facts"])] if located else []
-    if documents or not located:
+    entry, _ = find(corpus) or (None, None)
+    value: dict[str, Any] = {"facts": entry, "documents": []}
+    parts = [facts(entry)] if entry else []
+    if documents or not entry:
         stream = CorpusStream(corpus, _reader(words, text_column=text_column)[0])
         found = list(islice(stream, documents or 3))
         value["documents"] = [document._asdict() for document in found]

@@ -84,10 +84,9 @@ def _jumprelu(job: Reproduction, results: Results) -> dict[str, Any]:
     entry, sae = _reference(results)
     exported = to_jumprelu(sae, *held_out(sae, job.subject, job.budget["card_tokens"]), thresholds="one")
     report = exported.cfg.metadata.jumprelu_export
-    told = (
-        "L0 {l0_before:.2f} to {l0:.2f}, explained variance {explained_variance_before:.4f} to {explained_variance:.4f}"
-    )
-    return {**plain(report), "sae": entry["name"], "text": told.format(**report)}
+    variance = "{explained_variance_before:.4f} to {explained_variance:.4f}".format(**report)
+    text = f"L0 {report['l0_before']:.2f} to {report['l0']:.2f}, explained variance {variance}"
+    return {**plain(report), "sae": entry["name"], "text": text}
 
 
 def _compared(
