@@ -137,37 +137,33 @@ class Ablated(NamedTuple):
         return table("token | activation | lowered by | KL | logits that fall | logits that rise", rows)
 
 
-class _Start(NamedTuple):
-    """A latent on a prompt before anything is edited."""
+class _Prompt:
+    """A latent on a prompt before anything is edited.
 
-    hook_in: str
-    hook_out: str
-    direction: Float[Tensor, " d_out"]
-    tokens: Int[Tensor, "1 pos"]
-    x: Float[Tensor, "pos d_in"]
-    activation: Float[Tensor, " pos"]  # of the latent; 0 at special tokens
+    Raises: UsageError for an unknown latent, an empty prompt, one beyond the model's positions, and as `edit_hooks`.
+    """
 
+    def __init__(self, model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, n_new_tokens: int = 0):
+        self.model, (self.hook_in, self.hook_out) = model, edit_hooks(sae, model)
+        self.direction: Float[Tensor, " d_out"] = written_directions(sae, [latent])[0].to(model.device, torch.float32)
+        self.tokens: Int[Tensor, "1 pos"] = tokenizer(prompt, return_tensors="pt").input_ids.to(
+            model.device
+        )  # its own BOS
+        if not prompt.strip() or self.tokens.numel() == 0:
+            raise UsageError("the prompt is empty. Give some text.")
+        check_context(self.tokens.shape[1] + n_new_tokens, model.config)
+        self.keep: Bool[Tensor, " pos"] = ~special(self.tokens, tokenizer)[0]
+        self.x: Float[Tensor, "pos d_in"] = read_activations(model, self.tokens, self.hook_in)[0]
+        self.activation: Float[Tensor, " pos"] = torch.where(self.keep, codes(sae, self.x)[:, latent], 0.0)
 
-def _start(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, n_new_tokens: int = 0) -> _Start:
-    """Raises: UsageError for an unknown latent, an empty prompt, one beyond the model's positions, and as `edit_hooks`."""
-    hook_in, hook_out = edit_hooks(sae, model)
-    direction = written_directions(sae, [latent])[0].to(model.device, torch.float32)
-    tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)  # BOS by the tokenizer's own rule
-    if not prompt.strip() or tokens.numel() == 0:
-        raise UsageError("the prompt is empty. Give some text.")
-    check_context(tokens.shape[1] + n_new_tokens, model.config)
-    x = read_activations(model, tokens, hook_in)[0]
-    activation = torch.where(special(tokens, tokenizer)[0], 0.0, codes(sae, x)[:, latent])
-    return _Start(hook_in, hook_out, direction, tokens, x, activation)
-
-
-def _logits_with(
-    model: Any, start: _Start, added: Float[Tensor, "batch pos d_out"], positions: Int[Tensor, " batch"]
-) -> Float[Tensor, "batch vocab"]:
-    """Return the logits at a position of the prompt for each row of `added`, which is added to the activation."""
-    rows = start.tokens.expand(len(added), -1)
-    with replaced(model, start.hook_out, lambda x: x + added.to(x)):
-        return logits_at(model, rows, torch.arange(rows.shape[1], device=rows.device) == positions[:, None]).float()
+    def logits(
+        self, added: Float[Tensor, "batch pos d_out"], positions: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """Return the logits at a position of the prompt for each row of `added`, which is added to the activation."""
+        rows = self.tokens.expand(len(added), -1)
+        with replaced(self.model, self.hook_out, lambda x: x + added.to(x)):
+            wanted = torch.arange(rows.shape[1], device=rows.device) == positions[:, None]
+            return logits_at(self.model, rows, wanted).float()
 
 
 @torch.no_grad()
@@ -178,7 +174,7 @@ def ablate(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, top: 
     contribution taken away. Each position is ablated by itself, all as one batch.
     Raises: UsageError for an unknown latent, an empty or too long prompt, and as `edit_hooks`.
     """
-    start = _start(model, tokenizer, sae, prompt, latent)
+    start = _Prompt(model, tokenizer, sae, prompt, latent)
     active = start.activation.nonzero()[:, 0]
     texts, activations = token_text(tokenizer, start.tokens[0].tolist()), start.activation.tolist()
     positions: list[AblatedPosition] = []
@@ -189,8 +185,8 @@ def ablate(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, top: 
             amount, silenced = _silencing(sae, start.x[active], latent, start.direction)
         added = torch.zeros(len(active), len(texts), len(start.direction), device=amount.device)
         added[torch.arange(len(active)), active] = -amount[:, None] * start.direction
-        here = torch.zeros_like(start.tokens, dtype=torch.bool).index_fill_(1, active, True)
-        clean, edited = logits_at(model, start.tokens, here).float(), _logits_with(model, start, added, active)
+        clean = logits_at(model, start.tokens, start.activation[None] != 0).float()
+        edited = start.logits(added, active)
         log_p, log_q = clean.log_softmax(-1), edited.log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
         for row, position in enumerate(active.tolist()):
@@ -293,11 +289,10 @@ def steer(
     every = [0.0, *map(float, strengths)]
     if len(every) == 1 or not sum(map(abs, every)) < float("inf") or n_new_tokens < 1 or not temperature >= 0:
         raise UsageError("steering needs at least one finite strength, one new token, a temperature of 0 or more.")
-    start = _start(model, tokenizer, sae, prompt, latent, n_new_tokens)
+    start = _Prompt(model, tokenizer, sae, prompt, latent, n_new_tokens)
     added = torch.tensor(every, device=model.device)[:, None, None] * unit * start.direction
-    everywhere = added * ~special(start.tokens, tokenizer)[..., None]
     last = torch.full((len(added),), start.tokens.shape[1] - 1, device=added.device)
-    first = _logits_with(model, start, everywhere, last).log_softmax(-1)
+    first = start.logits(added * start.keep[:, None], last).log_softmax(-1)
     divergence = (first.exp() * (first - first[0])).sum(-1).tolist()
     settings: dict[str, Any] = {"max_new_tokens": n_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
@@ -306,7 +301,7 @@ def steer(
     rows = added.split(1 if temperature > 0 else len(added))
     pace = Pace("texts", n_new_tokens * len(rows), "step")
     with pace.bar:
-        written = [new for part in rows for new in _write(model, tokenizer, start, part, seed, pace, **settings)]
+        written = [new for part in rows for new in _write(start, part, tokenizer.eos_token_id, seed, pace, **settings)]
     before = start.tokens[0].tolist()
     log_p = continuation_log_probs(partial(logits_at, model), [(before, new) for new in written]).tolist()
 
@@ -323,22 +318,21 @@ def steer(
 
 
 def _write(
-    model: Any, tokenizer: Any, start: _Start, added: Float[Tensor, "batch 1 d"], seed: int, pace: Pace, **settings: Any
+    start: _Prompt, added: Float[Tensor, "batch 1 d"], eos: int | None, seed: int, pace: Pace, **settings: Any
 ) -> list[list[int]]:
     """Return the new tokens of each row, up to the EOS, which counts as written; `settings` are those of `generate`."""
-    keep, eos = ~special(start.tokens, tokenizer)[..., None], tokenizer.eos_token_id
 
     def add(x: Tensor) -> Tensor:  # the prompt at once, then a token at a time
-        return x + (added * keep if x.shape[1] == keep.shape[1] else added).to(x)
+        return x + (added * start.keep[:, None] if x.shape[1] == len(start.keep) else added).to(x)
 
     def over(some: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.full((len(some),), pace.step(), device=some.device)
 
     rows = start.tokens.expand(len(added), -1)
-    with replaced(model, start.hook_out, add), torch.random.fork_rng():
+    with replaced(start.model, start.hook_out, add), torch.random.fork_rng():
         torch.manual_seed(seed)
         settings |= {"attention_mask": torch.ones_like(rows), "eos_token_id": eos, "pad_token_id": eos or 0}
-        generate = getattr(model, "hf_generate", model.generate)  # a bridge's own takes no criteria
+        generate = getattr(start.model, "hf_generate", start.model.generate)  # a bridge's own takes no criteria
         written = generate(rows, stopping_criteria=[over], **settings)
     new = written[:, rows.shape[1] :].tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in new]

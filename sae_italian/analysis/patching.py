@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.sparse
 import scipy.stats
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_italian.analysis.latent import codes, edit_hooks, written_directions
+from sae_italian.analysis.latent import edit_hooks, written_directions
+from sae_italian.analysis.treebank import encode_words
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import Pace, one_of, paced
 from sae_italian.base.report import MARKERS, REFERENCE, plain, svg, table
@@ -89,11 +89,9 @@ class Patcher:
 
     def _differences(self, base: Tensor, target: Tensor) -> tuple[Int[Tensor, " n"], Float[Tensor, "pairs pos n"]]:
         """Return the latents that differ between activations [pairs, pos, d_in], and by how much, from the first token on."""
-        differ, parts = self.inputs.differ, []
-        for pair, here in enumerate(differ):  # one by one: the codes of all would not fit for a wide SAE
-            before, after = (codes(self.sae, x[pair, here]) for x in (base, target))
-            parts.append(scipy.sparse.csr_array((after - before).float().cpu().numpy()))
-        found = scipy.sparse.csc_array(scipy.sparse.vstack(parts))
+        differ = self.inputs.differ
+        before, after = (encode_words(self.sae, x[differ]) for x in (base, target))
+        found = (after - before).tocsc()
         candidates = np.flatnonzero(np.diff(found.indptr))
         diff = torch.zeros(*differ.shape, len(candidates))
         diff[differ] = torch.from_numpy(found[:, candidates].toarray())
@@ -172,25 +170,22 @@ class Point(NamedTuple):
 
 
 class _State:
-    """The patched set: what it adds to each pair, each pair's KL, and every KL measured so far.
-
-    A prompt's version is the number of candidates that were taken out of it: a KL measured at that version still holds.
-    """
+    """The patched set: what it adds to each pair, each pair's KL, and every KL measured so far that still holds."""
 
     def __init__(self, patcher: Patcher):
         self.patcher = patcher
         self.delta = patcher.delta()
         self.kl = patcher.patched_kl().cpu()
         self.rise = patcher.attribution(self.delta)  # of the mean KL when one is taken out, as last seen
-        self.rows = [column.nonzero()[:, 0] for column in patcher.in_play.T]  # prompts in which it differs
-        self.version = torch.zeros(patcher.n_pairs, dtype=torch.int32)
-        self.known = torch.zeros(patcher.in_play.shape)  # KL with the candidate taken out
-        self.known_at = torch.full(patcher.in_play.shape, -1, dtype=torch.int32)
+        self.rows = [column.nonzero()[:, 0] for column in patcher.in_play.T]  # pairs in which it differs
+        # KL with the candidate taken out; NaN where that was not measured since the pair changed
+        self.without = torch.full(patcher.in_play.shape, torch.nan)
         self.removed: list[int] = []
 
-    def change(self, rows: Int[Tensor, " rows"], column: int) -> float:
-        """Return by how much the mean KL over all pairs rises with the candidate taken out of these, as it is known."""
-        return float((self.known[rows, column].double() - self.kl[rows].double()).sum()) / self.patcher.n_pairs
+    def change(self, column: int) -> float:
+        """Return by how much the mean KL over all pairs rises with the candidate taken out; NaN where a pair's is not known."""
+        rows = self.rows[column]
+        return float((self.without[rows, column].double() - self.kl[rows].double()).sum()) / self.patcher.n_pairs
 
     def visit(self, columns: Sequence[int], threshold: float, most_rows: int) -> tuple[int, bool]:
         """Visit the next candidates, as many as fill a batch, up to and with the first whose outcome was guessed wrong.
@@ -198,31 +193,30 @@ class _State:
         Returns how many were visited, and whether all guesses were right. Where nothing has to be measured, the guess is
         certain.
         """
-        steps, n_rows, delta, version = [], 0, self.delta.clone(), self.version.clone()
+        steps, n_rows, delta, changed = [], 0, self.delta.clone(), torch.zeros(self.patcher.n_pairs, dtype=torch.bool)
         for column in columns:
             rows = self.rows[column]
-            stale = self.known_at[rows, column] != version[rows]
-            n_stale = int(stale.sum())
-            if n_rows and n_rows + n_stale > most_rows:
+            unknown = self.without[rows, column].isnan() | changed[rows]
+            if n_rows and n_rows + int(unknown.sum()) > most_rows:
                 break
-            out = (float(self.rise[column]) if n_stale else self.change(rows, column)) < threshold
-            without = delta[rows] - self.patcher.one(rows, column)
-            steps.append((column, rows, out, rows[stale], without[stale]))
+            out = (float(self.rise[column]) if unknown.any() else self.change(column)) < threshold
+            edited = delta[rows] - self.patcher.one(rows, column)
+            steps.append((column, out, rows[unknown], edited[unknown]))
             if out:
-                delta[rows] = without
-                version[rows] += 1
-            n_rows += n_stale
-        stale, edits = ([step[part] for step in steps] for part in (3, 4))
-        kl = self.patcher.kl(torch.cat(stale), torch.cat(edits)).cpu() if n_rows else torch.zeros(0)
-        measured = kl.split([len(some) for some in stale])
-        for number, ((column, rows, guess, some, _), found) in enumerate(zip(steps, measured, strict=True), 1):
-            self.known[some, column] = found
-            self.known_at[some, column] = self.version[some]
-            self.rise[column] = change = self.change(rows, column)
+                delta[rows] = edited
+                changed[rows] = True
+            n_rows += int(unknown.sum())
+        pairs, edits = ([step[part] for step in steps] for part in (2, 3))
+        kl = self.patcher.kl(torch.cat(pairs), torch.cat(edits)).cpu() if n_rows else torch.zeros(0)
+        measured = kl.split([len(some) for some in pairs])
+        for number, ((column, guess, some, _), found) in enumerate(zip(steps, measured, strict=True), 1):
+            self.without[some, column] = found
+            self.rise[column] = change = self.change(column)
             if change < threshold:
+                rows = self.rows[column]
                 self.delta[rows] -= self.patcher.one(rows, column)
-                self.kl[rows] = self.known[rows, column]
-                self.version[rows] += 1
+                self.kl[rows] = self.without[rows, column]
+                self.without[rows] = torch.nan
                 self.removed.append(column)
             if (change < threshold) != guess:
                 return number, False

@@ -7,12 +7,13 @@ go on with those that matter most. Reconstruction errors stay in place, so the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -150,7 +151,7 @@ class _Growth:
         contexts = self._contexts(activation)
         # the time is that of one ablation per context of every node that has an SAE before it
         with one_of(sum(self.branches**depth for depth in range(level)) or 1):
-            causes = self._causes(level, latent, contexts) if level else []
+            causes = self._causes(level, latent, contexts) if level and contexts else []
         children = []
         for number, (other, fall) in enumerate(causes):
             with one_of(len(causes) - number):
@@ -173,29 +174,25 @@ class _Growth:
 
     def _causes(self, level: int, latent: int, contexts: list[Context]) -> list[tuple[int, Estimate]]:
         """Return the latents of the level before that lower this one most, and their mean drop over the contexts."""
-        falls: dict[int, Float[np.ndarray, " contexts"]] = {}
-        n = 0  # contexts looked at
-        for context in paced(contexts, f"{self.saes[level][0]} {latent}", len(contexts), "context"):
-            for other, fall in self._falls(level, latent, *context):
-                falls.setdefault(other, np.zeros(len(contexts)))[n] = fall
-            n += 1
-        means = {other: fall[:n].mean() for other, fall in falls.items()}
-        ranked = sorted(falls, key=lambda other: (-means[other], other))[: self.branches]
-        return [(other, mean_interval(falls[other][:n])) for other in ranked if means[other] > LEAST_DROP]
+        what = f"{self.saes[level][0]} {latent}"
+        parts = [self._falls(level, latent, *context) for context in paced(contexts, what, len(contexts), "context")]
+        falls: Any = pd.concat(parts, axis=1).fillna(0.0).sort_index()  # [latents, contexts]
+        means: Any = falls.mean(axis=1).sort_values(ascending=False, kind="stable")[: self.branches]
+        return [(int(other), mean_interval(falls.loc[other].to_numpy())) for other in means.index[means > LEAST_DROP]]
 
-    def _falls(
-        self, level: int, latent: int, tokens: Int[Tensor, " pos"], activation: float
-    ) -> Iterator[tuple[int, float]]:
-        """Yield for each latent of the level before that is active in the context the share by which the target falls."""
+    @torch.no_grad()
+    def _falls(self, level: int, latent: int, tokens: Int[Tensor, " pos"], activation: float) -> pd.Series:
+        """Return for each latent of the level before that is active in the context the share by which the target falls."""
         model, earlier, rows = self.model, self.saes[level - 1][1], tokens[None].to(self.model.device)
         hook_in, hook_out = edit_hooks(earlier, model)
         entry, edit = entry_and_edit(model, hook_out)
         read = read_many(model, rows, [hook_in, entry])
         z = codes(earlier, read[hook_in])[0] * ~special(rows, model.tokenizer)[0][:, None]
-        for some in (z != 0).any(0).nonzero()[:, 0].split(ROWS):
+        active, after = (z != 0).any(0).nonzero()[:, 0], []
+        for some in active.split(ROWS):
             removed = torch.einsum("pr,rd->rpd", z[:, some], written_directions(earlier, some).to(z))
             begun = activations.begun_at(model, entry, read[entry].expand(len(some), -1, -1))
             with begun, replaced(model, edit, lambda x, r=removed: x - r.to(x)):
                 x = activations.read_activations(model, rows.expand(len(some), -1), self.hooks[level])
-            after = codes(self.saes[level][1], x[:, -1])[:, latent].tolist()
-            yield from zip(some.tolist(), (1 - value / activation for value in after), strict=True)
+            after += codes(self.saes[level][1], x[:, -1])[:, latent].tolist()
+        return 1 - pd.Series(after, active.tolist(), dtype=np.float64) / activation

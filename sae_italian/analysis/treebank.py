@@ -15,6 +15,7 @@ import numpy as np
 import scipy.sparse
 import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sae_italian import micro_italiano
@@ -118,16 +119,6 @@ def _labels(upos: str, features: dict[str, str]) -> frozenset[str]:
 # --- CoNLL-U ---------------------------------------------------------------------------------------------------------
 
 
-class _Row(NamedTuple):
-    where: str  # file and line
-    first: int  # word ids: the same for a word, a range for a multi-word token
-    last: int
-    form: str
-    labels: frozenset[str]
-    space_after: bool
-    columns: tuple[tuple[str, ...], ...]
-
-
 def read_conllu(file: Path) -> Iterator[tuple[str, list[Word]]]:
     """Yield text and surface words of each sentence.
 
@@ -143,60 +134,57 @@ def read_conllu(file: Path) -> Iterator[tuple[str, list[Word]]]:
         if line.startswith("# text ="):
             text = line.partition("=")[2].strip()
         elif line and not line.startswith("#"):
-            rows += _row(f"{file}, line {number}", line)
+            rows.append((f"{file}, line {number}", line))
         elif rows and not line:
             yield _sentence(text, rows)
             text, rows = "", []
 
 
-def _row(where: str, line: str) -> list[_Row]:
-    """Return the row, none for an empty node (8.1), which has no surface."""
+def _row(where: str, line: str) -> tuple[range, str, str, Word]:
+    """Return a row's word ids (none for an empty node, several for a multi-word token), its form, what follows, its word."""
     columns = line.split("\t")
     if len(columns) != _COLUMNS or not all(columns):
         found = f"{len(columns)} columns" if len(columns) != _COLUMNS else "an empty column"
         raise DataError(f"{where}: {found}; CoNLL-U has {_COLUMNS}, separated by tabs, none empty.")
     identifier, form, _, upos, _, features, *_, misc = columns
-    if "." in identifier:
-        return []
-    found = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", identifier)
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-    if last < first:
+    numbers = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", identifier)
+    ids = range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1) if numbers else range(0)
+    if not ids and "." not in identifier:
         raise DataError(f"{where}: {identifier[:40]!r} is no word id; 3, 3-4 or 3.1 was expected.")
     pairs = [pair.partition("=") for pair in features.split("|") if features != "_"]
     for name, _, value in pairs:
         if not (name and value):
             raise DataError(f"{where}: feature {name!r} is not of the form Name=Value.")
-    multi = "-" in identifier
-    labels = frozenset() if multi else _labels(upos, {name: value for name, _, value in pairs})
-    space, own = "SpaceAfter=No" not in misc.split("|"), () if multi else (tuple(columns),)
-    return [_Row(where, first, last, form, labels, space, own)]
+    space = "" if "SpaceAfter=No" in misc.split("|") else " "
+    labels = _labels(upos, {name: value for name, _, value in pairs})
+    return ids, form, space, Word(0, 0, labels, (tuple(columns),)) if len(ids) == 1 else Word(0, 0, frozenset())
 
 
-def _sentence(text: str, rows: list[_Row]) -> tuple[str, list[Word]]:
+def _sentence(text: str, rows: Sequence[tuple[str, str]]) -> tuple[str, list[Word]]:
     """Place the surface tokens in the text, which is put together from them where the file does not give it."""
-    surface: list[_Row] = []
+    surface, words = [], []
     expected, covered = 1, 0
-    for row in rows:
-        multi = row.last > row.first
-        if row.first != expected or (multi and row.first <= covered):
-            raise DataError(f"{row.where}: word {row.first} where word {expected} was expected.")
-        if multi or row.first > covered:
-            surface.append(row)
-            covered = row.last
+    for where, (ids, form, space, word) in ((where, _row(where, line)) for where, line in rows):
+        if not ids:
+            continue
+        if ids[0] != expected or (len(ids) > 1 and expected <= covered):
+            raise DataError(f"{where}: word {ids[0]} where word {expected} was expected.")
+        if ids[0] > covered:
+            surface.append((where, form, space))
+            words.append(word)
+            covered = ids[-1]
         else:  # a word of a multi-word token
-            both = surface[-1].labels | row.labels, surface[-1].columns + row.columns
-            surface[-1] = surface[-1]._replace(labels=both[0], columns=both[1])
-        expected += not multi
+            words[-1] = words[-1]._replace(labels=words[-1].labels | word.labels, rows=words[-1].rows + word.rows)
+        expected += len(ids) == 1
     if covered >= expected:
-        raise DataError(f"{rows[-1].where}: the sentence ends before word {covered} of a multi-word token.")
-    text = text or "".join(row.form + " " * row.space_after for row in surface).strip()
-    words, place = [], 0
-    for row in surface:
-        start = text.find(row.form, place)
+        raise DataError(f"{rows[-1][0]}: the sentence ends before word {covered} of a multi-word token.")
+    text, place = text or "".join(form + space for _, form, space in surface).strip(), 0
+    for number, (where, form, _) in enumerate(surface):
+        start = text.find(form, place)
         if start < 0 or text[place:start].strip():
-            raise DataError(f"{row.where}: {row.form!r} does not come next in the sentence's text.")
-        place = start + len(row.form)
-        words.append(Word(start, place, row.labels, row.columns))
+            raise DataError(f"{where}: {form!r} does not come next in the sentence's text.")
+        place = start + len(form)
+        words[number] = words[number]._replace(start=start, end=place)
     return text, words
 
 
@@ -216,14 +204,12 @@ class Words(NamedTuple):
 
 def with_forms(treebank: Treebank) -> tuple[Treebank, dict[str, int]]:
     """Return the treebank with a label `form=...` for the lower-cased word itself, and how often each form comes."""
-    counts: Counter[str] = Counter()
+    forms = [[f"form={s.text[word.start : word.end].lower()}" for word in s.words] for s in treebank.sentences]
     sentences = []
-    for sentence in treebank.sentences:
-        forms = [f"form={sentence.text[word.start : word.end].lower()}" for word in sentence.words]
-        words = [word._replace(labels=word.labels | {form}) for word, form in zip(sentence.words, forms, strict=True)]
+    for sentence, own in zip(treebank.sentences, forms, strict=True):
+        words = [word._replace(labels=word.labels | {form}) for word, form in zip(sentence.words, own, strict=True)]
         sentences.append(sentence._replace(words=words))
-        counts.update(forms)
-    return treebank._replace(sentences=sentences), counts
+    return treebank._replace(sentences=sentences), Counter(chain.from_iterable(forms))
 
 
 def label_names(treebanks: Sequence[Treebank]) -> list[str]:
@@ -240,29 +226,25 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
     Raises: UsageError when no word is left, or the model has no such hook.
     """
     tokens, spans = _tokenised(treebank.sentences, model.tokenizer, context_size)
-    column = {name: i for i, name in enumerate(names)}
-    pairs, sentence, parts = [], [], {}
-    batches = batches_of(dict(enumerate(map(len, tokens))))
-    order = list(chain.from_iterable(batches))
+    last = [last_tokens(sentence, own) for sentence, own in zip(treebank.sentences, spans, strict=True)]
+    batches, read = batches_of(dict(enumerate(map(len, tokens)))), {}
     random = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
-    for batch in paced(random, treebank.name, len(order), "sentence", size=len):
+    for batch in paced(random, treebank.name, len(tokens), "sentence", size=len):
         # what fills the shorter sentences is never looked back at
         padded = pad_sequence([torch.from_numpy(tokens[i]) for i in batch], batch_first=True)
         acts = read_activations(model, padded.to(model.device), hook_name)
         for i, own in zip(batch, acts, strict=True):
-            last = last_tokens(treebank.sentences[i], spans[i])
-            parts[i] = last, own[last[last >= 0] + 1].float().cpu().numpy()  # the BOS comes first
-    for i in (i for i in order if i in parts):
-        last, words = parts[i][0], treebank.sentences[i].words
-        for at in np.flatnonzero(last >= 0).tolist():
-            pairs += [(len(sentence), column[label]) for label in words[at].labels if label in column]
-            sentence.append(i)
-    if not sentence:
+            read[i] = own[last[i][last[i] >= 0] + 1].float().cpu().numpy()  # the BOS comes first
+    order = [i for i in chain.from_iterable(batches) if i in read]
+    words = [(i, treebank.sentences[i].words[at]) for i in order for at in np.flatnonzero(last[i] >= 0)]
+    if not words:
         raise UsageError(f"treebank {treebank.name} has no word within {context_size} tokens.")
-    labels = zeros_and_ones(pairs, (len(sentence), len(names)))
+    column = {name: i for i, name in enumerate(names)}
+    pairs = [(row, column[label]) for row, (_, word) in enumerate(words) for label in word.labels if label in column]
+    sentence = np.array([i for i, _ in words])
     train = np.array([treebank.sentences[i].train for i in sentence])
-    x = np.concatenate([parts[i][1] for i in order if i in parts])
-    return Words(treebank.name, list(names), labels, np.array(sentence), train, x)
+    labels, x = zeros_and_ones(pairs, (len(words), len(names))), np.concatenate([read[i] for i in order])
+    return Words(treebank.name, list(names), labels, sentence, train, x)
 
 
 def micro_words(model: Any, hook_name: str, n_documents: int, *, context_size: int) -> Words:
@@ -312,14 +294,17 @@ def batches_of(lengths: Mapping[int, int]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def encode_words(sae: Any, x: Float[np.ndarray, "words d_in"]) -> scipy.sparse.csr_array:
-    """Return the latents' activations on words, [words, d_sae]. Raises: UsageError when d_in is not that of the words."""
+def encode_words(sae: Any, x: Float[np.ndarray | Tensor, "words d_in"]) -> scipy.sparse.csr_array:
+    """Return the latents' activations on words or tokens, [words, d_sae].
+
+    Raises: UsageError when the SAE reads another number of dimensions.
+    """
     if x.shape[1] != sae.cfg.d_in:
         raise UsageError(
             f"the SAE reads {sae.cfg.d_in} dimensions (d_in), the activations have {x.shape[1]}: "
             "compare SAEs of one model and site."
         )
-    chunks = (codes(sae, part).float().cpu().numpy() for part in torch.from_numpy(x).split(CHUNK))
+    chunks = (codes(sae, part).float().cpu().numpy() for part in torch.as_tensor(x).split(CHUNK))
     return scipy.sparse.csr_array(scipy.sparse.vstack([scipy.sparse.csr_array(chunk) for chunk in chunks]))
 
 
@@ -350,3 +335,26 @@ def detection_counts(
     with np.errstate(divide="ignore", invalid="ignore"):
         found = 2 * both / (n_fired + present), both / n_fired, both / present
     return tuple(np.nan_to_num(numbers) for numbers in found)
+
+
+def best_thresholds(
+    acts: scipy.sparse.csr_array,
+    labels: scipy.sparse.csr_array,
+    maxima: Float[np.ndarray, " latents"],
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    most_false: float = 1.0,
+) -> Float[np.ndarray, "2 latents labels"]:
+    """Return the best F1 of every latent for every label, and the first of the thresholds with which it has it.
+
+    It is -1 for a latent that fires on a larger share than `most_false` of the words that do not bear the label.
+    """
+    n_words, present = len(acts.indptr) - 1, labels.sum(axis=0)
+    best = np.full((2, len(maxima), len(present)), -1.0)
+    for threshold in thresholds:
+        fired = firing(acts, threshold * maxima)
+        f1, _, recall = detection_counts(fired, labels)
+        falsely = fired.sum(axis=0)[:, None] - np.rint(recall * present)
+        f1 = np.where(falsely <= most_false * (n_words - present), f1, -1.0)
+        best = np.where(f1 > best[0], [f1, np.full_like(f1, threshold)], best)
+    return best
