@@ -10,15 +10,15 @@ a language's tokens on which a latent fires; divided by their sum over languages
 one language has a small entropy.
 """
 
-import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
 import scipy.stats
 import torch
@@ -27,7 +27,15 @@ from jaxtyping import Bool, Float, Int
 from sae_italian import micro_italiano
 from sae_italian.analysis.latent import codes
 from sae_italian.analysis.shift import corpus_windows
-from sae_italian.analysis.treebank import COMBINED, FEATURES, THRESHOLDS, detection_counts, firing, zeros_and_ones
+from sae_italian.analysis.treebank import (
+    COMBINED,
+    FEATURES,
+    THRESHOLDS,
+    best_thresholds,
+    detection_counts,
+    firing,
+    zeros_and_ones,
+)
 from sae_italian.autointerp.store import Label
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import cut_short, one_of, paced
@@ -67,46 +75,39 @@ class GoldWords:
     """The gold words that a cache covers, their labels, and the word of each token."""
 
     def __init__(self, cache: FeatureCache):
-        self.names: dict[tuple[str, str], int] = {}  # (category, label) -> column
-        self._columns = functools.cache(self._columns_of)  # words come again and again
         self.word_of_position = np.full(cache.n_positions, -1, dtype=np.int64)
         self.doc_of_word: list[int] = []
-        columns: list[list[int]] = []  # of each word
-        order = np.argsort(cache.doc, kind="stable")
-        docs, first = np.unique(cache.doc[order], return_index=True)
-        for doc, positions in zip(docs.tolist(), np.split(order, first[1:]), strict=True):
-            if doc != NO_DOCUMENT:
-                columns += self._add_document(cache, doc, positions)
-        rows = np.repeat(np.arange(len(columns)), [len(each) for each in columns])
-        places = np.stack([rows, np.fromiter(chain.from_iterable(columns), dtype=np.int64)], axis=1)
-        self.labels = zeros_and_ones(places, (len(columns), len(self.names)))
-
-    def _add_document(self, cache: FeatureCache, doc: int, at: Int[np.ndarray, " n"]) -> Iterator[list[int]]:
-        _, seed, index = cache.document(doc).doc_id.split("/")
-        gold = micro_italiano.document(int(index), seed=int(seed))
-        starts = np.array([word.start for word in gold.words])
-        # A token belongs to the word that its last character lies in.
-        self.word_of_position[at] = len(self.doc_of_word) - 1 + np.searchsorted(starts, cache.whole("end")[at])
-        self.doc_of_word += [doc] * len(gold.words)
-        for word in gold.words:
-            inside = (span.labels["construction"] for span in gold.constructions if span.start <= word.start < span.end)
-            yield self._columns(tuple(word.labels.items()), tuple(inside), gold.register)
-
-    def _columns_of(self, labels: Any, inside: Sequence[str], register: str) -> list[int]:
-        return [self.names.setdefault(key, len(self.names)) for key in _labels(dict(labels), inside, register)]
+        kinds: dict[Any, int] = {}  # what a word may be, of which there is far less than words -> number
+        kind_of_word, ends = [], cache.whole("end")
+        of_document: dict[Any, Any] = pd.Series(cache.doc).groupby(cache.doc).indices
+        for doc, positions in of_document.items():
+            if doc == NO_DOCUMENT:
+                continue
+            _, seed, index = cache.document(doc).doc_id.split("/")
+            gold = micro_italiano.document(int(index), seed=int(seed))
+            starts = np.array([word.start for word in gold.words])
+            # A token belongs to the word that its last character lies in.
+            self.word_of_position[positions] = len(self.doc_of_word) - 1 + np.searchsorted(starts, ends[positions])
+            self.doc_of_word += [doc] * len(gold.words)
+            for word in gold.words:
+                inside = (s.labels["construction"] for s in gold.constructions if s.start <= word.start < s.end)
+                kind = tuple(word.labels.items()), tuple(dict.fromkeys(inside)), gold.register
+                kind_of_word.append(kinds.setdefault(kind, len(kinds)))
+        found = [_labels(dict(labels), *rest) for labels, *rest in kinds]
+        self.names = {key: i for i, key in enumerate(dict.fromkeys(chain.from_iterable(found)))}  # (category, label)
+        ones = [(kind, self.names[key]) for kind, keys in enumerate(found) for key in keys]
+        self.labels = zeros_and_ones(ones, (len(found), len(self.names)))[kind_of_word]
 
     def activations(self, cache: FeatureCache) -> scipy.sparse.csr_array:
         """Return the largest activation of every latent on any token of each word, [words, latents]."""
         d_sae, parts = cache.manifest.d_sae, []
         for first, acts in cache.entries(0, d_sae - 1):
-            found = acts.tocoo()
-            word = self.word_of_position[found.col]
-            place, inverse = np.unique((word * d_sae + first + found.row)[word >= 0], return_inverse=True)
-            largest = np.zeros(len(place), dtype=np.float32)
-            np.maximum.at(largest, inverse, found.data[word >= 0])
-            parts.append((place, largest))
-        place, largest = map(np.concatenate, zip(*parts, strict=True))
-        return scipy.sparse.csr_array((largest, np.divmod(place, d_sae)), shape=(len(self.doc_of_word), d_sae))
+            entries = acts.tocoo()
+            columns = {"word": self.word_of_position[entries.col], "latent": first + entries.row, "value": entries.data}
+            tokens = pd.DataFrame(columns)
+            parts.append(tokens[tokens.word >= 0].groupby(["word", "latent"], as_index=False).max())
+        found = pd.concat(parts)
+        return scipy.sparse.csr_array((found.value, (found.word, found.latent)), shape=(len(self.doc_of_word), d_sae))
 
 
 def _labels(labels: dict[str, str], constructions: Sequence[str], register: str) -> list[tuple[str, str]]:
@@ -117,7 +118,7 @@ def _labels(labels: dict[str, str], constructions: Sequence[str], register: str)
         found.append(("upos+gender+number", f"{labels['upos']} {labels['gender']} {labels['number']}"))
     if labels.get("upos") != "PUNCT":
         found.append(("lemma", f"lemma={labels['lemma']}"))
-    found += [("construction", f"construction={name}") for name in dict.fromkeys(constructions)]
+    found += [("construction", f"construction={name}") for name in constructions]
     return [*found, ("register", f"register={register}")]
 
 
@@ -131,18 +132,20 @@ def gold_table(cache: FeatureCache) -> list[GoldResult]:
     covered = np.zeros(len(test), dtype=bool)
     covered[words.word_of_position[words.word_of_position >= 0]] = True
     choose, report = np.flatnonzero(covered & ~test), np.flatnonzero(covered & test)
-    fired = {threshold: firing(acts, threshold * maxima) for threshold in THRESHOLDS}
-    chosen = {threshold: detection_counts(found[choose], labels[choose])[0] for threshold, found in fired.items()}
-    outcome = {threshold: detection_counts(found[report], labels[report]) for threshold, found in fired.items()}
-    n_choose, n_report = np.asarray(labels[choose].sum(axis=0)), np.asarray(labels[report].sum(axis=0))
-    results = []
-    for (category, label), column in words.names.items():
-        if min(n_choose[column], n_report[column]) < LEAST_WORDS:
-            continue
-        best = ((int(np.argmax(f1[:, column])), threshold) for threshold, f1 in chosen.items())
-        latent, threshold = max(best, key=lambda pair: (float(chosen[pair[1]][pair[0], column]), *pair))
-        f1, precision, recall = (float(table[latent, column]) for table in outcome[threshold])
-        results.append(GoldResult(label, category, int(n_report[column]), latent, threshold, f1, precision, recall))
+    n_choose, n_report = (np.asarray(labels[rows].sum(axis=0)) for rows in (choose, report))
+    columns = np.flatnonzero(np.minimum(n_choose, n_report) >= LEAST_WORDS)
+    f1, threshold = best_thresholds(acts[choose], labels[choose][:, columns], maxima, thresholds=THRESHOLDS[::-1])
+    latents = f1.argmax(axis=0)
+    threshold = threshold[latents, np.arange(len(columns))]
+    said = firing(acts[report][:, latents], threshold * maxima[latents])
+    every = detection_counts(said, labels[report][:, columns])
+    counts = np.diagonal(every, axis1=1, axis2=2)  # of each label's own latent
+    names = [list(words.names)[column] for column in columns]
+    numbers = zip(n_report[columns].astype(int), latents, threshold, *counts, strict=True)
+    results = [
+        GoldResult(label, category, *(number.item() for number in row))
+        for (category, label), row in zip(names, numbers, strict=True)
+    ]
     return sorted(results, key=lambda result: (result.category, -result.f1, result.label))
 
 
