@@ -191,17 +191,17 @@ def ioi_pairs(
 
 def _groups(tokenizer: Any, words: IoiWords, wanted: int | None) -> list[tuple[str, tuple[str, ...]]]:
     """Return (gender, names) with at least three names each, all of one length in tokens and told apart by the first."""
-    groups: dict[tuple[str, int], dict[int, str]] = {}
-    lengths: dict[int, list[str]] = {}
-    for gender, names in words.names.items():
-        for name in names:
-            tokens = name_tokens(tokenizer, name, words.language)
-            lengths.setdefault(len(tokens), []).append(name)
-            if wanted in (None, len(tokens)):
-                groups.setdefault((gender, len(tokens)), {}).setdefault(tokens[0], name)
+    tokens = {name: name_tokens(tokenizer, name, words.language) for names in words.names.values() for name in names}
+    groups: dict[tuple[str, int], dict[int, str]] = {}  # by gender and length, the first name with each first token
+    for gender, name in ((gender, name) for gender, names in words.names.items() for name in names):
+        if wanted in (None, len(tokens[name])):
+            groups.setdefault((gender, len(tokens[name])), {}).setdefault(tokens[name][0], name)
     enough = [(gender, tuple(named.values())) for (gender, _), named in groups.items() if len(named) >= LEAST_NAMES]
     if not enough:
-        found = "; ".join(f"{len(names)} of {k}: {', '.join(names[:3])}" for k, names in sorted(lengths.items()))
+        lengths = {
+            k: [name for name in tokens if len(tokens[name]) == k] for k in sorted(set(map(len, tokens.values())))
+        }
+        found = "; ".join(f"{len(names)} of {k}: {', '.join(names[:3])}" for k, names in lengths.items())
         raise UsageError(
             f"the task needs {LEAST_NAMES} names of one gender with {wanted or 'equally many'} token(s) that differ in "
             f"the first; names by number of tokens: {found or 'none'}. Give other names, or take names of another length: "
@@ -255,20 +255,10 @@ class MinimalPair(NamedTuple):
     kind: str
 
 
-class _Words(NamedTuple):
-    """The words of agreement in a language; `[gender][number]` where it says no other."""
-
-    nouns: list[list[list[str]]]  # [gender][noun][number]
-    adjectives: list[list[str]]  # [adjective][2 * gender + number]; none where there is one gender
-    verbs: list[list[str]]  # [verb][number]
-    the: list[list[str]]
-    near: list[list[str]]  # «vicino alle»
-    agree: list[list[list[str]]]  # [determiner]: those that agree in number with a noun
-
-    def beside(self, random: Random, noun: list[str], gender: int, number: int) -> str:
-        """Return «vicino alle penne», with another noun than the given one."""
-        between = random.choice([other for other in self.nouns[gender] if other != noun])
-        return f"{self.near[gender][number]} {between[number]}"
+def _beside(random: Random, words: dict[str, Any], noun: list[str], gender: int, number: int) -> str:
+    """Return «vicino alle penne», with another noun than the given one; `words` are those of a language in agreement.yaml."""
+    between = random.choice([other for other in words["nouns"][gender] if other != noun])
+    return f"{words['near'][gender][number]} {between[number]}"
 
 
 def agreement_pairs(n: int, *, seed: int = 0, language: str = "it") -> list[MinimalPair]:
@@ -277,30 +267,30 @@ def agreement_pairs(n: int, *, seed: int = 0, language: str = "it") -> list[Mini
     An attractor is a noun between subject and target that bears the wrong feature: «il libro vicino alle penne è». English
     has the kinds without gender. Raises: UsageError for another language than `it` and `en`.
     """
-    words = _Words(**_of_language("agreement", language))
-    kinds = [kind for kind in KINDS if len(words.nouns) > 1 or not kind.startswith("gender")]
+    words = _of_language("agreement", language)
+    kinds = [kind for kind in KINDS if len(words["nouns"]) > 1 or not kind.startswith("gender")]
     each = ((Random(f"agreement/{seed}/{i}"), *divmod(i, len(kinds))) for i in range(n))
     return [_agreement_pair(random, words, kinds[kind], side=turn % 2) for random, turn, kind in each]
 
 
-def _agreement_pair(random: Random, words: _Words, kind: str, side: int) -> MinimalPair:
+def _agreement_pair(random: Random, words: dict[str, Any], kind: str, side: int) -> MinimalPair:
     """Return a pair of the kind; `side` 0 has the masculine or the singular right, 1 the other."""
-    about_gender, genders = kind.startswith("gender"), len(words.nouns)
+    about_gender, genders = kind.startswith("gender"), len(words["nouns"])
     gender = side if about_gender else random.randrange(genders)
     number = random.randrange(2) if about_gender else side
-    noun = random.choice(words.nouns[gender])
-    prefix = f"{words.the[gender][number]} {noun[number]}"
+    noun = random.choice(words["nouns"][gender])
+    prefix = f"{words['the'][gender][number]} {noun[number]}"
     if kind.endswith("attractor"):
-        other_gender = 1 - gender if about_gender else random.randrange(genders)
-        prefix += f" {words.beside(random, noun, other_gender, number if about_gender else 1 - number)}"
+        other = (1 - gender, number) if about_gender else (random.randrange(genders), 1 - number)
+        prefix += f" {_beside(random, words, noun, *other)}"
     if kind == "number":
-        forms, prefix = (noun[number], noun[1 - number]), random.choice(words.agree)[gender][number]
+        forms, prefix = (noun[number], noun[1 - number]), random.choice(words["agree"])[gender][number]
     elif about_gender:
-        adjective, verb = random.choice(words.adjectives), random.choice(words.verbs)
+        adjective, verb = random.choice(words["adjectives"]), random.choice(words["verbs"])
         forms = adjective[2 * gender + number], adjective[2 * (1 - gender) + number]
         prefix += f" {verb[number]}"
     else:
-        verb = random.choice(words.verbs)
+        verb = random.choice(words["verbs"])
         forms = verb[number], verb[1 - number]
     right, wrong = (f"{prefix[0].upper()}{prefix[1:]} {form}" for form in forms)
     return MinimalPair(right, wrong, kind)
@@ -313,15 +303,15 @@ def number_pairs(n: int, tokenizer: Any, *, seed: int = 0, language: str = "it")
     noun, over an attractor of either number. Singular and plural take turns as the base.
     Raises: UsageError when too few nouns have as many tokens in both numbers, and as `agreement_pairs`.
     """
-    words, found = _Words(**_of_language("agreement", language)), []
-    genders = len(words.nouns)
+    words, found = _of_language("agreement", language), []
+    genders = len(words["nouns"])
     for attempt in range(TRIES * n):
         random = Random(f"number/{seed}/{attempt}")
-        gender, other_gender, other_number = (random.randrange(many) for many in (genders, genders, 2))
-        noun = random.choice(words.nouns[gender])
-        ending = words.beside(random, noun, other_gender, other_number)
-        the = words.the[gender]
-        singular, plural = (f"{the[number].capitalize()} {noun[number]} {ending}" for number in range(2))
+        gender, *other = (random.randrange(many) for many in (genders, genders, 2))
+        noun = random.choice(words["nouns"][gender])
+        ending = _beside(random, words, noun, *other)
+        articles = map(str.capitalize, words["the"][gender])
+        singular, plural = (f"{the} {form} {ending}" for the, form in zip(articles, noun, strict=True))
         if len(tokenizer(singular).input_ids) == len(tokenizer(plural).input_ids):
             found.append((plural, singular) if len(found) % 2 else (singular, plural))
         if len(found) == n:
