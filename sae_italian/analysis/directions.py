@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from sklearn.decomposition import PCA
@@ -29,14 +30,6 @@ EDGES = np.linspace(-1, 1, 201)  # of the histograms of best matches
 ALIKE = 0.7  # cosine from which two latents are called the same (Paulo and Belrose 2025)
 SHOWN = 20  # latents listed by index
 ROUNDING = 1e-6  # of a cosine, allowed for
-
-
-class Nearest(NamedTuple):
-    """For every row of one set of directions, what is nearest to it in another."""
-
-    cosine: Float[np.ndarray, " n"]  # with the nearest
-    index: Int[np.ndarray, " n"]  # of the nearest
-    count: Int[np.ndarray, " n"]  # directions whose cosine is at or above the threshold
 
 
 def threshold(n_latents: int, d: int) -> float:
@@ -68,10 +61,11 @@ def nearest_directions(
     above: float = 1.0,
     itself: Int[Tensor, " n"] | None = None,
     what: str = "directions",
-) -> Nearest:
-    """Return for each row the nearest of the others by cosine, and how many have a cosine of `above` or more.
+) -> pd.DataFrame:
+    """Return for each row the `nearest` of the others, their `cosine`, and how many `neighbours` it has.
 
-    `itself` names for each row the one of the others that it is, which does not count.
+    Neighbours are the others with a cosine of `above` or more. `itself` names for each row the one of the others that it
+    is, which does not count.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     size = max(1, BLOCK_ELEMENTS // len(others))
@@ -81,10 +75,10 @@ def nearest_directions(
             if itself is not None:
                 cosine[torch.arange(len(cosine)), itself[first : first + size]] = -2.0
             best, index = cosine.max(dim=1)
-            parts.append((best.cpu(), index.cpu(), (cosine >= above - ROUNDING).sum(dim=1).cpu()))
+            parts.append((index.cpu(), best.cpu().clamp(-1, 1), (cosine >= above - ROUNDING).sum(dim=1).cpu()))
             bar.update(len(cosine))
-    cosine, index, count = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return Nearest(np.clip(cosine, -1, 1), index, count)
+    nearest, cosine, neighbours = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return pd.DataFrame({"nearest": nearest, "cosine": cosine, "neighbours": neighbours})
 
 
 def map_of(units: Float[Tensor, "n d"], method: MapMethod = "pca", seed: int = 0) -> Float[np.ndarray, "n 2"]:
@@ -138,15 +132,6 @@ class Split(NamedTuple):
     cosines: list[float]
 
 
-class Rows(NamedTuple):
-    """A comparison latent by latent."""
-
-    latent: Int[np.ndarray, " n"]  # of the source
-    nearest: Int[np.ndarray, " n"]  # of the target
-    cosine: Float[np.ndarray, " n"]
-    neighbours: Int[np.ndarray, " n"]  # how many of the target are
-
-
 @dataclass(frozen=True)
 class Comparison:
     """The latents of `source` against the nearest of `target` (of itself, when both are the same SAE).
@@ -174,7 +159,7 @@ class Comparison:
     split: Estimate  # share of the target's latents that split into several of the source
     splits: list[Split]  # the ones that split most, at most SHOWN
     newest: list[int]  # the source's latents of smallest best cosine, at most SHOWN
-    rows: Rows = field(repr=False, compare=False)
+    rows: pd.DataFrame = field(repr=False, compare=False)  # by latent: its nearest of the target, cosine, neighbours
 
     @property
     def within(self) -> bool:
@@ -197,7 +182,7 @@ class Set(NamedTuple):
             raise UsageError(f"{name} has {len(latent)} live latents; a comparison needs 2 or more.")
         return cls(name, units[torch.from_numpy(latent).to(units.device)], latent)
 
-    def nearest(self, rows: Int[np.ndarray, " n"], target: Set, **settings: Any) -> Nearest:
+    def nearest(self, rows: Int[np.ndarray, " n"], target: Set, **settings: Any) -> pd.DataFrame:
         """Return what is nearest in the target to some rows of this set; a direction is not its own neighbour."""
         chosen = torch.from_numpy(rows)
         itself = chosen if self is target else None
@@ -222,17 +207,20 @@ def compare(
     random, random_like = (_by_chance(source, target, n, seed, covariance=like) for like in (False, True))
     used = above if above is not None else theory if theory < 1 else random.largest
     # a latent of a sample may have its neighbours among all
-    found = source.nearest(rows, target, above=used, what=f"{source.name} to {target.name}")
-    asked, back = np.unique(found.index, return_inverse=True)
+    found: Any = source.nearest(rows, target, above=used, what=f"{source.name} to {target.name}")
+    asked, back = np.unique(found.nearest, return_inverse=True)
+    mutual = target.nearest(asked, source).nearest.to_numpy()[back] == rows
+    found = found.assign(nearest=target.latent[found.nearest])
+    found.insert(0, "latent", source.latent[rows])
     near = found.cosine >= used - ROUNDING
-    splits = [] if source is target else _splits(found, near, target.latent, source.latent[rows])
+    splits = [] if source is target else _splits(found[near])
     shares = {
         "neighbours": near,
         "new": ~near,
         "above_random": found.cosine > random.largest,
         "alike": found.cosine >= ALIKE,
-        "mutual": target.nearest(asked, source).index[back] == rows,
-        "several": found.count >= 2,
+        "mutual": mutual,
+        "several": found.neighbours >= 2,
     }
     return Comparison(
         source=source.name,
@@ -242,14 +230,14 @@ def compare(
         n_target=m,
         threshold=theory,
         used=used,
-        matches=Distribution.of(found.cosine),
+        matches=Distribution.of(found.cosine.to_numpy()),
         random=random,
         random_like=random_like,
         **{name: wilson(int(which.sum()), n) for name, which in shares.items()},
         split=wilson(len(splits), m),
         splits=sorted(splits, key=lambda split: (-len(split.into), -split.cosines[0], split.latent))[:SHOWN],
-        newest=[int(source.latent[rows[i]]) for i in np.argsort(found.cosine, kind="stable")[:SHOWN] if not near[i]],
-        rows=Rows(source.latent[rows], target.latent[found.index], found.cosine, found.count),
+        newest=found[~near].sort_values("cosine", kind="stable").latent[:SHOWN].tolist(),
+        rows=found,
     )
 
 
@@ -263,19 +251,12 @@ def _by_chance(source: Set, target: Set, n: int, seed: int, *, covariance: bool)
         for units, size, own_seed in ((source.units, n, 2 * seed), (target.units, len(target.latent), 2 * seed + 1))
     )
     if source is target:
-        return Distribution.of(nearest_directions(there[:n], there, itself=torch.arange(n)).cosine)
-    return Distribution.of(nearest_directions(here, there).cosine)
+        return Distribution.of(nearest_directions(there[:n], there, itself=torch.arange(n)).cosine.to_numpy())
+    return Distribution.of(nearest_directions(here, there).cosine.to_numpy())
 
 
-def _splits(
-    found: Nearest, near: Bool[np.ndarray, " n"], target: Int[np.ndarray, " m"], source: Int[np.ndarray, " n"]
-) -> list[Split]:
-    """Return the target's latents that are the nearest, and a neighbour, of two or more of the source."""
-    children: dict[int, list[int]] = {}
-    for row in sorted(np.flatnonzero(near).tolist(), key=lambda row: -found.cosine[row]):
-        children.setdefault(int(found.index[row]), []).append(row)
-    return [
-        Split(int(target[parent]), source[rows].tolist(), found.cosine[rows].tolist())
-        for parent, rows in children.items()
-        if len(rows) >= 2
-    ]
+def _splits(near: Any) -> list[Split]:
+    """Return the target's latents that are the nearest, and a neighbour, of two or more rows."""
+    several = near[near.duplicated("nearest", keep=False)].sort_values("cosine", ascending=False, kind="stable")
+    groups = several.groupby("nearest")[["latent", "cosine"]].agg(list)
+    return [Split(*row) for row in groups.itertuples()]

@@ -87,7 +87,7 @@ class Geometry:
         rows = []
         for item in self.comparisons:
             names = {"source": [item.source] * item.n_source, "target": [item.target] * item.n_source}
-            rows.append(pa.table({**names, **item.rows._asdict()}))
+            rows.append(pa.table({**names, **dict(item.rows.items())}))
         with atomic_path(folder / "matches.parquet") as temporary:
             pyarrow.parquet.write_table(pa.concat_tables(rows), temporary)
 
@@ -226,8 +226,8 @@ def map_html(found: Geometry) -> str:
     for item, points in zip(found.sets, found.points, strict=True):
         latents, texts, nearest = item.latent.tolist(), found.texts.get(item.name, {}), []
         for other in (other for other in found.comparisons if other.source == item.name):
-            rows = zip(*(column.tolist() for column in other.rows[:3]), strict=True)
-            known = {latent: (index, round(cosine, 3)) for latent, index, cosine in rows}
+            rows: Any = other.rows.itertuples()
+            known = {row.latent: (row.nearest, round(row.cosine, 3)) for row in rows}
             own = [known.get(latent) for latent in latents]  # None: not compared
             nearest.append({"target": other.target, "used": other.used, "rows": own})
         x, y = np.round(points.T, 4).tolist()
@@ -331,7 +331,8 @@ def mutual(
 ) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Return each row's cosine with its nearest of the others, -1 where it is not that one's nearest in turn, and which."""
     there, back = directions.nearest_directions(rows, others), directions.nearest_directions(others, rows)
-    return np.where(back.index[there.index] == np.arange(len(rows)), there.cosine, -1.0), there.index
+    nearest = there.nearest.to_numpy()
+    return np.where(back.nearest.to_numpy()[nearest] == np.arange(len(rows)), there.cosine, -1.0), nearest
 
 
 def _chance(own: Int[np.ndarray, " n"], others: Sequence[Int[np.ndarray, " m"]]) -> float:
@@ -345,8 +346,5 @@ def labels_of(sae: Any, words: Words) -> Int[np.ndarray, " d_sae"]:
     """Return the number of the label that each latent detects best, by F1 at its best threshold; -1 below LABELLED."""
     acts = treebank.encode_words(sae, words.x)
     maxima = np.asarray(acts.max(axis=0).todense()).ravel()
-    best = np.max(
-        [treebank.detection_counts(treebank.firing(acts, t * maxima), words.labels)[0] for t in treebank.THRESHOLDS],
-        axis=0,
-    )
+    best = treebank.best_thresholds(acts, words.labels, maxima)[0]
     return np.where(best.max(axis=1) >= LABELLED, best.argmax(axis=1), -1)

@@ -240,5 +240,5 @@ def match_latents(source: LatentSource, other: LatentSource) -> dict[str, list[A
     found: dict[str, list[Any]] = {}
     for index, cosine, pair in (("latent", "cosine", units), ("back", "back_cosine", units[::-1])):
         nearest = nearest_directions(*pair)
-        found |= {index: nearest.index.tolist(), cosine: np.round(nearest.cosine.astype(float), 4).tolist()}
+        found |= {index: nearest.nearest.tolist(), cosine: nearest.cosine.astype(float).round(4).tolist()}
     return found

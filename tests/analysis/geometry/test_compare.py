@@ -52,7 +52,7 @@ def test_a_copied_dictionary_has_all(orthogonal):
     found = one_of(geometry({"a": sae(orthogonal), "copy": sae(3.5 * orthogonal[order])}), "a", "copy")
     assert found.neighbours.value == found.mutual.value == found.alike.value == found.above_random.value == 1
     assert found.new.value == 0 == found.split.value and found.splits == []
-    assert torch.equal(order[torch.from_numpy(found.rows.nearest)], torch.arange(200))
+    assert torch.equal(order[torch.tensor(found.rows.nearest.tolist())], torch.arange(200))
     assert found.matches.quantiles["5 %"] == pytest.approx(1, abs=1e-5)
 
 
@@ -121,8 +121,8 @@ def test_blocks_of_any_size_give_what_all_pairs_give(monkeypatch, elements):
     rows, others = random_directions(31, 8, 0), random_directions(45, 8, 1)
     cosine = (rows @ others.T).numpy()
     found = nearest_directions(rows, others, above=0.5)
-    assert np.allclose(found.cosine, cosine.max(1)) and np.array_equal(found.index, cosine.argmax(1))
-    assert np.array_equal(found.count, (cosine >= 0.5).sum(1))
+    assert np.allclose(found.cosine, cosine.max(1)) and np.array_equal(found.nearest, cosine.argmax(1))
+    assert np.array_equal(found.neighbours, (cosine >= 0.5).sum(1))
 
 
 def test_a_sample_finds_its_neighbours_among_all(orthogonal):
