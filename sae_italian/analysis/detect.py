@@ -6,18 +6,16 @@ does it for every method, label and treebank.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import permutations, product
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from sae_italian.analysis.treebank import THRESHOLDS, Words, category, detection_counts, encode_words, firing
+from sae_italian.analysis.treebank import Words, best_thresholds, category, encode_words
 from sae_italian.autointerp.store import Label
 from sae_italian.base.pace import paced
 from sae_italian.base.report import OTHERS, OURS, REFERENCE, plain, save_result, shown, svg, table
@@ -34,76 +32,39 @@ LEAST_F1 = 0.5  # in training, for these
 FOUND = 0.5  # F1 on test words from which a latent detects a label
 _HEAD = "trained on | tested on | features | method | mean F1 | mean AUROC | labels"
 _LABEL_HEAD = f"label | latent | F1 of one latent | precision | recall | {' | '.join(METHODS[1:])} | always yes | words"
-GROUP = ("trained", "tested", "shuffled", "features", "method")  # what detections of several labels have in common
-_GROUP = attrgetter(*GROUP)
+GROUP = ["trained", "tested", "shuffled", "features", "method"]  # what detections of several labels have in common
+# How well one label is detected on the test words of `tested`. features: the SAE's name, or "activations"; n: test words
+# that bear the label; share: of all test words; threshold: of a single latent, a share of its maximum in training.
+COLUMNS = [
+    "label", "method", "features", "trained", "tested", "shuffled", "f1", "auroc", "precision", "recall", "n", "share",
+    "latents", "threshold",
+]  # fmt: skip
 Acts = scipy.sparse.csr_array  # the latents' activations on words, [words, d_sae]
 
 
-@dataclass(frozen=True)
-class Detection:
-    """How well one label is detected on the test words of `tested`."""
-
-    label: str
-    method: str
-    features: str  # the SAE's name, or "activations"
-    trained: str
-    tested: str
-    shuffled: bool
-    f1: Estimate
-    auroc: Estimate
-    precision: float
-    recall: float
-    n: int  # test words that bear the label
-    share: float  # of all test words
-    latents: list[int] = field(default_factory=list)
-    threshold: float = 0.0  # single latent: share of its maximum on the training words
-
-    @property
-    def always_yes(self) -> float:
-        """The F1 of saying yes to every word."""
-        return 2 * self.share / (1 + self.share)
-
-
-@dataclass(frozen=True)
 class ProbeTask:
-    """Words that choose and words that judge, of one treebank or of two; labels as columns of the same names."""
+    """Words that choose and words that judge, of one treebank or of two; labels as columns of the same names.
 
-    train: Words
-    test: Words
-    seed: int = 0
-    shuffled: bool = False
+    Shuffled, each word has the labels of another word of the same part.
+    """
 
-    @cached_property
-    def rows(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-        """The training words of the one treebank and the test words of the other."""
-        return np.flatnonzero(self.train.train), np.flatnonzero(~self.test.train)
-
-    @cached_property
-    def labels(self) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
-        """The labels of both; shuffled, each word gets those of another word of the same part."""
-        (a, b), rng = self.rows, np.random.default_rng(self.seed)
-        y, z = self.train.labels[a], self.test.labels[b]
-        return (y[rng.permutation(len(a))], z[rng.permutation(len(b))]) if self.shuffled else (y, z)
-
-    @cached_property
-    def usable(self) -> list[int]:
-        """The labels with enough words that bear them, and that do not, in both parts."""
-        counts = [(labels.sum(axis=0), len(rows)) for labels, rows in zip(self.labels, self.rows, strict=True)]
-        return np.flatnonzero(np.min([(n, size - n) for n, size in counts], axis=(0, 1)) >= LEAST_WORDS).tolist()
-
-    @cached_property
-    def sample(self) -> Int[np.ndarray, " n"]:
-        """Which of the training words a probe is fitted on: at most MOST_WORDS of them."""
-        return np.sort(np.random.default_rng(self.seed).permutation(len(self.rows[0]))[:MOST_WORDS])
-
-    @cached_property
-    def truth(self) -> Bool[np.ndarray, "m labels"]:
-        return self.labels[1].toarray() > 0
+    def __init__(self, train: Words, test: Words, seed: int = 0, *, shuffled: bool = False):
+        self.train, self.test, self.shuffled = train, test, shuffled
+        self.rows = a, b = np.flatnonzero(train.train), np.flatnonzero(~test.train)
+        rng, parts = np.random.default_rng(seed), (train.labels[a], test.labels[b])
+        self.labels = y, z = tuple(part[rng.permutation(part.shape[0])] for part in parts) if shuffled else parts
+        self.truth: Bool[np.ndarray, "m labels"] = z.toarray() > 0
+        # the labels with enough words that bear them, and that do not, in both parts
+        present = np.stack([part.sum(axis=0) for part in (y, z)])
+        absent = np.array([[len(a)], [len(b)]]) - present
+        self.usable: list[int] = np.flatnonzero(np.minimum(present, absent).min(axis=0) >= LEAST_WORDS).tolist()
+        # which of the training words a probe is fitted on
+        self.sample = np.sort(np.random.default_rng(seed).permutation(len(a))[:MOST_WORDS])
 
 
 def single_latents(
     task: ProbeTask, train: Acts, test: Acts, features: str, *, most: int = 1, least: float = 0
-) -> list[Detection]:
+) -> list[dict[str, Any]]:
     """Return for each label its best latent (with `most`, so many, each with a training F1 of at least `least`).
 
     A latent says yes above 0, a quarter or a half of its maximum, whichever did best in training; one that fires on most
@@ -111,14 +72,7 @@ def single_latents(
     """
     train, columns = train[task.rows[0]], test[task.rows[1]].tocsc()
     maxima = np.asarray(train.max(axis=0).todense()).ravel()
-    labels, n_words = task.labels[0][:, task.usable], len(task.rows[0])
-    best = np.full((2, len(maxima), len(task.usable)), -1.0)  # F1, and its threshold
-    for threshold in THRESHOLDS:
-        fired = firing(train, threshold * maxima)
-        f1, _, recall = detection_counts(fired, labels)
-        n_fired, present = fired.sum(axis=0)[:, None], labels.sum(axis=0)[None, :]
-        f1 = np.where(n_fired - recall * present <= MOST_FALSE * (n_words - present), f1, -1.0)
-        best = np.where(f1 > best[0], [f1, np.full_like(f1, threshold)], best)
+    best = best_thresholds(train, task.labels[0][:, task.usable], maxima, most_false=MOST_FALSE)
     found = []
     for place, column in enumerate(task.usable):
         for latent in np.argsort(-best[0, :, place], kind="stable")[:most].tolist():
@@ -132,28 +86,34 @@ def single_latents(
 
 def _detection(
     task: ProbeTask, column: int, said: Bool[np.ndarray, " m"], score: Float[np.ndarray, " m"], **described: Any
-) -> Detection:
+) -> dict[str, Any]:
     """Compare what was said of the test words, and how strongly, with the truth; the rest describes how it came about."""
     truth = task.truth[:, column]
     _, sentence = np.unique(task.test.sentence[task.rows[1]], return_inverse=True)
     sums = [np.bincount(sentence, each).astype(float) for each in (truth & said, said, truth)]
     both, fired, present = (float(each.sum()) for each in sums)
-    return Detection(
-        label=task.train.names[column],
-        trained=task.train.source,
-        tested=task.test.source,
-        shuffled=task.shuffled,
-        f1=Estimate(*f1_by_document(*(each[None] for each in sums))[:, 0].tolist()),
-        auroc=auroc_by_document(score, truth, sentence),
-        precision=both / fired if fired else 0.0,
-        recall=both / present,
-        n=int(present),
-        share=present / len(truth),
-        **described,
-    )
+    return {
+        "label": task.train.names[column],
+        "trained": task.train.source,
+        "tested": task.test.source,
+        "shuffled": task.shuffled,
+        "f1": Estimate(*f1_by_document(*(each[None] for each in sums))[:, 0].tolist()),
+        "auroc": auroc_by_document(score, truth, sentence),
+        "precision": both / fired if fired else 0.0,
+        "recall": both / present,
+        "n": int(present),
+        "share": present / len(truth),
+        "latents": [],
+        "threshold": 0.0,
+    } | described
 
 
-def sparse_probes(task: ProbeTask, train: Acts, test: Acts, features: str, ks=SIZES) -> Iterator[Detection]:
+def always_yes(share: float) -> float:
+    """Return the F1 of saying yes to every word, of which so many bear the label."""
+    return 2 * share / (1 + share)
+
+
+def sparse_probes(task: ProbeTask, train: Acts, test: Acts, features: str, ks=SIZES) -> Iterator[dict[str, Any]]:
     """Yield logistic probes on the k latents of largest absolute correlation with each label, for each of `ks`."""
     fit, judge = train[task.rows[0]][task.sample].tocsc(), test[task.rows[1]].tocsc()
     order = np.argsort(-np.abs(_correlations(fit, task.labels[0][task.sample].toarray())), axis=0, kind="stable")
@@ -163,7 +123,7 @@ def sparse_probes(task: ProbeTask, train: Acts, test: Acts, features: str, ks=SI
         yield _probe(task, column, x, w, method=f"sparse {k}", features=features, latents=chosen.tolist())
 
 
-def dense_probes(task: ProbeTask) -> Iterator[Detection]:
+def dense_probes(task: ProbeTask) -> Iterator[dict[str, Any]]:
     """Yield a logistic probe on all dimensions of the activations for each label."""
     x, w = task.train.x[task.rows[0]][task.sample], task.test.x[task.rows[1]]
     for column in task.usable:
@@ -181,7 +141,7 @@ def _correlations(acts: scipy.sparse.csc_array, y: Float[np.ndarray, "n labels"]
 
 def _probe(
     task: ProbeTask, column: int, x: Float[np.ndarray, "n k"], w: Float[np.ndarray, "m k"], **described: Any
-) -> Detection:
+) -> dict[str, Any]:
     """Fit one logistic probe, take the threshold of best training F1, and judge it on the test words."""
     from sklearn.linear_model import LogisticRegression
 
@@ -218,46 +178,46 @@ class Missed(NamedTuple):
         return f"Labels found on {self.trained} that the same latent misses on {self.tested}: {shown(self.share, '.0%')}{lost}."
 
 
-@dataclass(frozen=True)
-class Probes:
-    """All detections; `sae` is the name of the SAE that the others are compared with."""
+class Probes(NamedTuple):
+    """All detections as tables of COLUMNS; `sae` is the name of the SAE that the others are compared with."""
 
     sae: str
-    detections: list[Detection]
-    detectors: list[Detection] = field(repr=False)  # single latents worth writing down, of the SAE itself
+    detections: Any  # pandas.DataFrame
+    detectors: Any  # single latents worth writing down, of the SAE itself
     n_words: dict[str, tuple[int, int]]  # train, test
 
-    def by_label(self, method: str, trained: str, tested: str = "") -> dict[str, Detection]:
-        """Return what the SAE, or the dense probe, does from one treebank to another (default: itself), labels unshuffled."""
-        found = trained, tested or trained, False, "activations" if method == DENSE else self.sae, method
-        return {d.label: d for d in self.detections if _GROUP(d) == found}
+    def by_label(self, method: str, trained: str, tested: str = "") -> Any:
+        """Return what the SAE, or the dense probe, does from one treebank to another (default: itself), a row per label."""
+        features = "activations" if method == DENSE else self.sae
+        asked = self.detections[GROUP] == (trained, tested or trained, False, features, method)
+        return self.detections[asked.all(axis=1)].set_index("label")
 
     def means(self) -> list[dict[str, Any]]:
         """Return the mean F1 and AUROC over labels by method, features and pair of treebanks, with intervals over labels."""
         rows = []
-        for group in dict.fromkeys(map(_GROUP, self.detections)):
-            items = [(d.f1.value, d.auroc.value) for d in self.detections if _GROUP(d) == group]
-            f1, auroc = map(mean_interval, np.transpose(items))
-            rows.append({**dict(zip(GROUP, group, strict=True)), "f1": f1, "auroc": auroc, "labels": len(items)})
+        for group, own in self.detections.groupby(GROUP, sort=False):
+            means = {name: mean_interval(np.array([each.value for each in own[name]])) for name in ("f1", "auroc")}
+            rows.append({**dict(zip(GROUP, group, strict=True)), **means, "labels": len(own)})
         return sorted(rows, key=lambda r: (r["trained"], r["trained"] != r["tested"], r["tested"], r["shuffled"]))
 
     def misses(self) -> list[Missed]:
         """Return for each pair of treebanks (two languages) the labels whose latent, chosen on the first, fails on the second."""
         found = []
         for trained, tested in permutations(self.n_words, 2):
-            here, there = (self.by_label(SINGLE, trained, bank) for bank in (trained, tested))
-            known = [label for label, d in here.items() if d.f1.value >= FOUND and label in there]
-            lost = [label for label in known if there[label].f1.value < FOUND]
+            here, there = (self.by_label(SINGLE, trained, bank).f1 for bank in (trained, tested))
+            known = [label for label, f1 in here.items() if f1.value >= FOUND and label in there]
+            lost = [label for label in known if there[label].value < FOUND]
             found.append(Missed(trained, tested, wilson(len(lost), len(known)), lost))
         return found
 
     def labels(self) -> list[Label]:
         """Return the single latents worth writing down as rows of the store, and where what they detect elsewhere fails."""
-        rows = {}
-        good = {(d.latents[0], d.label, d.tested) for d in self.detectors if d.f1.value >= FOUND}
-        single = (d for d in self.detections if (d.features, d.method) == (self.sae, SINGLE) and not d.shuffled)
+        rows, detectors = {}, [*self.detectors.itertuples()]
+        good = {(d.latents[0], d.label, d.tested) for d in detectors if d.f1.value >= FOUND}
+        of = self.detections
+        single = of[(of.features == self.sae) & (of.method == SINGLE) & ~of.shuffled].itertuples()
         elsewhere = [d for d in single if (d.latents[0], d.label, d.trained) in good and d.f1.value < FOUND]
-        for d in elsewhere + self.detectors:
+        for d in elsewhere + detectors:
             key, (f1, lo, hi) = (d.latents[0], d.label, d.tested), d.f1.finite()
             rows[key] = Label(*key, f1 or 0.0, lo, hi, d.precision, d.recall, d.n, d.threshold)
         return list(rows.values())
@@ -268,7 +228,9 @@ class Probes:
             "sae": self.sae,
             "words": {name: {"train": a, "test": b} for name, (a, b) in self.n_words.items()},
             "means": plain(self.means()),
-            "detections": [{**plain(item), "category": category(item.label)} for item in self.detections],
+            "detections": plain(
+                self.detections.assign(category=self.detections.label.map(category)).to_dict("records")
+            ),
             "detectors": plain(self.labels()),
             "misses": plain(self.misses()),
         }
@@ -286,22 +248,22 @@ class Probes:
         """Return a Markdown table: each label's best latent in one treebank, and the probes beside it."""
         single, *others = (self.by_label(method, treebank) for method in METHODS)
         rows = []
-        for label, d in single.items():
-            probes = [f"{other[label].f1.value:.2f}" if label in other else "-" for other in others]
-            numbers = shown(d.f1), f"{d.precision:.2f}", f"{d.recall:.2f}", *probes, f"{d.always_yes:.2f}", f"{d.n:,}"
-            rows.append((label, d.latents[0], *numbers))
+        for label, d in single.iterrows():
+            probes = [f"{other.f1[label].value:.2f}" if label in other.index else "-" for other in others]
+            numbers = f"{d.precision:.2f}", f"{d.recall:.2f}", *probes, f"{always_yes(d.share):.2f}", f"{d.n:,}"
+            rows.append((label, d.latents[0], shown(d.f1), *numbers))
         return table(_LABEL_HEAD, rows)
 
     def svg(self) -> str:
         """Return for each treebank the labels' F1 of one latent, of the largest sparse probe and of the dense probe."""
         drawn = ((SINGLE, OURS, "o"), (f"sparse {SIZES[-1]}", OTHERS[0], "s"), (DENSE, REFERENCE, "D"))
-        labels = {name: [*self.by_label(SINGLE, name)][::-1] for name in self.n_words}
+        labels = {name: [*self.by_label(SINGLE, name).index][::-1] for name in self.n_words}
 
         def draw(axes: Any) -> None:
             for axis, (name, here) in zip(axes, labels.items(), strict=True):
                 for method, colour, marker in drawn:
-                    found = self.by_label(method, name)
-                    for place, f1 in ((here.index(label), d.f1) for label, d in found.items()):
+                    for label, f1 in self.by_label(method, name).f1.items():
+                        place = here.index(label)
                         axis.plot([f1.lo, f1.hi], [place, place], color=colour, linewidth=1, alpha=0.6)
                         axis.plot([f1.value], [place], marker, color=colour, markersize=4, clip_on=False)
                     axis.plot([], [], marker, color=colour, label=method)
@@ -331,7 +293,7 @@ def probe(
     """
     saes = {name: sae, **(others or {})}
     acts = {(key, item.source): encode_words(each, item.x) for key, each in saes.items() for item in words}
-    found: list[Detection] = []
+    found: list[dict[str, Any]] = []
     tasks = [ProbeTask(a, b, seed) for a, b in product(words, repeat=2)]
     tasks += [ProbeTask(item, item, seed, shuffled=True) for item in words]
     # of each task first the SAE that is asked about, then the others, then the activations (None)
@@ -343,15 +305,20 @@ def probe(
             train, test = acts[key, task.train.source], acts[key, task.test.source]
             found += [*single_latents(task, train, test, key), *sparse_probes(task, train, test, key)]
     detectors = [d for item in words for d in _detectors(ProbeTask(item, item, seed), acts[name, item.source], name)]
-    probed = {d.tested for d in found if d.trained == d.tested}
+    probed = {d["tested"] for d in found if d["trained"] == d["tested"]}
     counted = {w.source: (int(w.train.sum()), int((~w.train).sum())) for w in words if w.source in probed}
-    found.sort(key=lambda d: (category(d.label).count("+"), category(d.label), -d.n, d.label, METHODS.index(d.method)))
-    return Probes(name, found, detectors, counted)
+
+    def place(d: dict[str, Any]) -> tuple[Any, ...]:
+        kind = category(d["label"])
+        return kind.count("+"), kind, -d["n"], d["label"], METHODS.index(d["method"])
+
+    detections = pd.DataFrame(sorted(found, key=place), columns=COLUMNS)
+    return Probes(name, detections, pd.DataFrame(detectors, columns=COLUMNS), counted)
 
 
-def _detectors(task: ProbeTask, acts: Acts, name: str) -> Iterator[Detection]:
+def _detectors(task: ProbeTask, acts: Acts, name: str) -> Iterator[dict[str, Any]]:
     """Yield each label's best latent, and others of a good training F1, if they do better than saying yes to all."""
     if task.usable:
         many = ({}, {"most": DETECTORS, "least": LEAST_F1})
         found = (d for settings in many for d in single_latents(task, acts, acts, name, **settings))
-        yield from (d for d in found if d.f1.lo > d.always_yes)
+        yield from (d for d in found if d["f1"].lo > always_yes(d["share"]))

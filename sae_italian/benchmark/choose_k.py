@@ -228,7 +228,7 @@ def _measured(
         sae = load_sae(folders[name], device=spec.device)
         how, acts = fit(sae, x, x), encode_words(sae, words.x)
         found = list(sparse_probes(task, acts, acts, name, PROBES.values()))
-        auroc = {kind: float(np.mean([d.auroc.value for d in found if d.method == kind])) for kind in PROBES}
+        auroc = {kind: float(np.mean([d["auroc"].value for d in found if d["method"] == kind])) for kind in PROBES}
         numbers = {"l0": how.l0, "explained_variance": how.explained_variance, "dead": how.dead}
         named = {"k": spec.sae["k"], "seed": spec.seed}
         trials.append({**named, **numbers, "projections": projections(sae, x), "auroc": auroc})

@@ -9,7 +9,15 @@ import scipy.sparse
 import torch
 
 from sae_italian.analysis import treebank as treebank_module
-from sae_italian.analysis.detect import ProbeTask, best_cut, dense_probes, probe, single_latents, sparse_probes
+from sae_italian.analysis.detect import (
+    ProbeTask,
+    always_yes,
+    best_cut,
+    dense_probes,
+    probe,
+    single_latents,
+    sparse_probes,
+)
 from sae_italian.analysis.treebank import (
     Treebank,
     Words,
@@ -51,7 +59,7 @@ def column(words, name):
 
 
 def by_label(detections):
-    return {(item.label, item.method): item for item in detections}
+    return {(item["label"], item["method"]): types.SimpleNamespace(**item) for item in detections}
 
 
 def test_a_planted_latent_is_found_and_reaches_one(planted):
@@ -74,7 +82,7 @@ def test_a_latent_that_is_always_on_detects_nothing(planted):
     """It would have the best F1 for a label that half of the words bear."""
     words, acts = planted
     noun = by_label(single_latents(ProbeTask(words, words), acts, acts, "sae"))["UPOS=NOUN", "single latent"]
-    assert noun.latents != [6] and noun.f1.value < noun.always_yes
+    assert noun.latents != [6] and noun.f1.value < always_yes(noun.share)
 
 
 def test_a_probe_on_planted_labels_reaches_one(planted):
@@ -98,8 +106,8 @@ def test_on_shuffled_labels_everything_is_chance(planted):
     found = [*single_latents(task, acts, acts, "sae"), *sparse_probes(task, acts, acts, "sae"), *dense_probes(task)]
     assert len(found) == 3 * 5
     for item in found:
-        assert item.shuffled and abs(item.auroc.value - 0.5) < 0.08, item
-        assert item.f1.value <= item.always_yes + 0.02, item
+        assert item["shuffled"] and abs(item["auroc"].value - 0.5) < 0.08, item
+        assert item["f1"].value <= always_yes(item["share"]) + 0.02, item
 
 
 def test_what_holds_in_one_treebank_is_tried_on_the_other(planted):
@@ -179,15 +187,15 @@ def test_one_result_of_all_with_rows_for_the_store(planted, tmp_path):
         cfg=types.SimpleNamespace(d_in=8), device="cpu", dtype=torch.float32, encode=lambda x: torch.relu(x @ encoder)
     )
     result = probe(sae, [words], name="sae", others={"other": sae})
-    best = result.by_label("single latent", "A")["Gender=Fem"]
+    best = result.by_label("single latent", "A").loc["Gender=Fem"]
     assert best.latents == [0] and best.f1.value > 0.9
-    assert "UPOS=X" not in result.by_label("single latent", "A")
+    assert "UPOS=X" not in result.by_label("single latent", "A").index
     rows = {(row.latent, row.label): row for row in result.labels()}
     assert rows[0, "Gender=Fem"].source == "A" and rows[0, "Gender=Fem"].f1 == best.f1.value
     assert all(row.label == "Gender=Fem" for row in rows.values())  # the others are not better than yes to all
-    features = {(d.features, d.shuffled) for d in result.detections}
+    features = {(d.features, d.shuffled) for d in result.detections.itertuples()}
     assert features == {("sae", False), ("other", False), ("activations", False), ("sae", True), ("activations", True)}
-    assert all(d.auroc.lo <= d.auroc.value <= d.auroc.hi for d in result.detections)
+    assert all(d.auroc.lo <= d.auroc.value <= d.auroc.hi for d in result.detections.itertuples())
     assert all(row["auroc"].lo <= row["auroc"].value <= row["auroc"].hi for row in result.means())
     result.save(tmp_path)
     assert "| Gender=Fem | 0 |" in (tmp_path / "language.md").read_text()
