@@ -306,6 +306,7 @@ def examples_in(cache: Any, n: int = 100) -> dict[str, float]:
 # --- parallel text ------------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def parallel_overlap(
     sae: Any,
     model: Any,
@@ -331,23 +332,17 @@ def parallel_overlap(
         raise UsageError(
             f"{first} has {len(one)} documents and {second} {len(other)}; parallel text has as many of both."
         )
-    fired = [_fired(sae, model, hook_name, own, context_size, name) for name, own in texts.items()]
-    rng, places = np.random.default_rng(seed), np.arange(len(one))
-    dealt = [_jaccard(fired[0], fired[1][np.roll(places, int(by))]) for by in rng.integers(1, len(one), SHUFFLES)]
-    jaccard, chance = mean_interval(_jaccard(*fired)), mean_interval(np.mean(dealt, axis=0))
-    return Overlap((first, second), hook_name, len(one), jaccard, chance)
-
-
-@torch.no_grad()
-def _fired(
-    sae: Any, model: Any, hook_name: str, texts: Sequence[str], context_size: int, what: str
-) -> Bool[np.ndarray, "texts d_sae"]:
-    bos, found = bos_id(model.tokenizer), []
-    for ids, _, _ in paced(tokenise(model.tokenizer, list(texts)), what, len(texts), "text"):
-        tokens = torch.tensor([[bos, *ids[: context_size - 1].tolist()]])
-        x = read_activations(model, tokens.to(model.device), hook_name)[0, 1:]
-        found.append((codes(sae, x) != 0).any(dim=0).cpu().numpy())
-    return np.stack(found)
+    bos, fired = bos_id(model.tokenizer), []
+    both = zip(*(tokenise(model.tokenizer, own) for own in texts.values()), strict=True)
+    for two in paced(both, f"{first} and {second}", len(one), "pair"):
+        tokens = [torch.tensor([[bos, *ids[: context_size - 1].tolist()]]).to(model.device) for ids, _, _ in two]
+        reads = [read_activations(model, own, hook_name)[0, 1:] for own in tokens]
+        fired.append([(codes(sae, x) != 0).any(dim=0).cpu().numpy() for x in reads])
+    a, b = np.swapaxes(fired, 0, 1)
+    turns = np.random.default_rng(seed).integers(1, len(a), SHUFFLES).tolist() if len(a) > 1 else []
+    dealt = [_jaccard(a, np.roll(b, by, axis=0)) for by in turns] or [[np.nan]]  # one pair alone has no chance
+    jaccard, chance = mean_interval(_jaccard(a, b)), mean_interval(np.mean(dealt, axis=0))
+    return Overlap((first, second), hook_name, len(a), jaccard, chance)
 
 
 def _jaccard(a: Bool[np.ndarray, "n d_sae"], b: Bool[np.ndarray, "n d_sae"]) -> Float[np.ndarray, " n"]:

@@ -11,6 +11,7 @@ import torch
 from sae_italian.analysis.labels import Languages, _count, examples_in, language_latents, owners, parallel_overlap
 from sae_italian.analysis.shift import corpus_windows
 from sae_italian.base.errors import UsageError
+from sae_italian.base.pace import time_bound
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import named
 from sae_italian.corpora import iter_documents, pack
@@ -90,6 +91,10 @@ def test_a_translation_shares_more_latents_than_another_text(topk_sae, mini, tmp
     assert found.n_pairs == 12 and found.jaccard.lo > found.chance.hi
     same = parallel_overlap(topk_sae, mini, {"a": corpora["a"], "x": corpora["a"]})
     assert same.jaccard.value == 1 and same.chance.value < 1 and "12 pairs" in same.text()
+    with time_bound(1e-9):  # each has as many pairs as the time was enough for
+        first = parallel_overlap(topk_sae, mini, corpora)
+    assert first.n_pairs == 1 and first.jaccard.value == pytest.approx(by_hand[0], abs=1e-3)
+    assert "no translations -" in first.text()
     with pytest.raises(UsageError, match="a has 12 documents and c 5"):
         parallel_overlap(topk_sae, mini, {"a": corpora["a"], "c": str(tmp_path / "c.jsonl")})
 
