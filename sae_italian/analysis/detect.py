@@ -32,12 +32,13 @@ LEAST_F1 = 0.5  # in training, for these
 FOUND = 0.5  # F1 on test words from which a latent detects a label
 _HEAD = "trained on | tested on | features | method | mean F1 | mean AUROC | labels"
 _LABEL_HEAD = f"label | latent | F1 of one latent | precision | recall | {' | '.join(METHODS[1:])} | always yes | words"
-GROUP = ["trained", "tested", "shuffled", "features", "method"]  # what detections of several labels have in common
+# What detections of several labels have in common.
+GROUP = ["trained", "tested", "shuffled", "features", "method"]
 # How well one label is detected on the test words of `tested`. features: the SAE's name, or "activations"; n: test words
 # that bear the label; share: of all test words; threshold: of a single latent, a share of its maximum in training.
 COLUMNS = [
-    "label", "method", "features", "trained", "tested", "shuffled", "f1", "auroc", "precision", "recall", "n", "share",
-    "latents", "threshold",
+    "label", "method", "features", "trained", "tested", "shuffled",
+    "f1", "auroc", "precision", "recall", "n", "share", "latents", "threshold",
 ]  # fmt: skip
 Acts = scipy.sparse.csr_array  # the latents' activations on words, [words, d_sae]
 
@@ -52,12 +53,15 @@ class ProbeTask:
         self.train, self.test, self.shuffled = train, test, shuffled
         self.rows = a, b = np.flatnonzero(train.train), np.flatnonzero(~test.train)
         rng, parts = np.random.default_rng(seed), (train.labels[a], test.labels[b])
-        self.labels = y, z = tuple(part[rng.permutation(part.shape[0])] for part in parts) if shuffled else parts
+        if shuffled:
+            parts = tuple(part[rng.permutation(part.shape[0])] for part in parts)
+        self.labels = y, z = parts
         self.truth: Bool[np.ndarray, "m labels"] = z.toarray() > 0
         # the labels with enough words that bear them, and that do not, in both parts
         present = np.stack([part.sum(axis=0) for part in (y, z)])
         absent = np.array([[len(a)], [len(b)]]) - present
-        self.usable: list[int] = np.flatnonzero(np.minimum(present, absent).min(axis=0) >= LEAST_WORDS).tolist()
+        least = np.minimum(present, absent).min(axis=0)
+        self.usable: list[int] = np.flatnonzero(least >= LEAST_WORDS).tolist()
         # which of the training words a probe is fitted on
         self.sample = np.sort(np.random.default_rng(seed).permutation(len(a))[:MOST_WORDS])
 
@@ -165,19 +169,6 @@ def best_cut(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> f
 # --- all of it as one result -------------------------------------------------------------------------------------------
 
 
-class Missed(NamedTuple):
-    """Labels that a latent detects in one treebank and not in another, with Wilson's interval over labels."""
-
-    trained: str
-    tested: str
-    share: Estimate  # of the labels found
-    labels: list[str]
-
-    def text(self) -> str:
-        lost = f": {', '.join(self.labels)}" if self.labels else ""
-        return f"Labels found on {self.trained} that the same latent misses on {self.tested}: {shown(self.share, '.0%')}{lost}."
-
-
 class Probes(NamedTuple):
     """All detections as tables of COLUMNS; `sae` is the name of the SAE that the others are compared with."""
 
@@ -196,19 +187,23 @@ class Probes(NamedTuple):
         """Return the mean F1 and AUROC over labels by method, features and pair of treebanks, with intervals over labels."""
         rows = []
         for group, own in self.detections.groupby(GROUP, sort=False):
-            means = {name: mean_interval(np.array([each.value for each in own[name]])) for name in ("f1", "auroc")}
-            rows.append({**dict(zip(GROUP, group, strict=True)), **means, "labels": len(own)})
+            f1, auroc = (mean_interval(np.array([each.value for each in own[name]])) for name in ("f1", "auroc"))
+            rows.append({**dict(zip(GROUP, group, strict=True)), "f1": f1, "auroc": auroc, "labels": len(own)})
         return sorted(rows, key=lambda r: (r["trained"], r["trained"] != r["tested"], r["tested"], r["shuffled"]))
 
-    def misses(self) -> list[Missed]:
-        """Return for each pair of treebanks (two languages) the labels whose latent, chosen on the first, fails on the second."""
-        found = []
+    def misses(self) -> list[dict[str, Any]]:
+        """Return for each pair of treebanks (two languages) the labels whose latent, chosen on the first, fails on the second.
+
+        `share`, with Wilson's interval over labels, is of the labels that are found on the first.
+        """
+        rows = []
         for trained, tested in permutations(self.n_words, 2):
             here, there = (self.by_label(SINGLE, trained, bank).f1 for bank in (trained, tested))
             known = [label for label, f1 in here.items() if f1.value >= FOUND and label in there]
             lost = [label for label in known if there[label].value < FOUND]
-            found.append(Missed(trained, tested, wilson(len(lost), len(known)), lost))
-        return found
+            share = wilson(len(lost), len(known))
+            rows.append({"trained": trained, "tested": tested, "share": share, "labels": lost})
+        return rows
 
     def labels(self) -> list[Label]:
         """Return the single latents worth writing down as rows of the store, and where what they detect elsewhere fails."""
@@ -242,7 +237,13 @@ class Probes(NamedTuple):
             method = row["method"] + (", shuffled labels" if row["shuffled"] else "")
             numbers = shown(row["f1"]), shown(row["auroc"], ".3f"), row["labels"]
             rows.append((row["trained"], row["tested"], row["features"], method, *numbers))
-        return "\n\n".join([table(_HEAD, rows), *(missed.text() for missed in self.misses())])
+        parts = [table(_HEAD, rows)]
+        for trained, tested, share, labels in map(dict.values, self.misses()):
+            lost = f": {', '.join(labels)}" if labels else ""
+            parts.append(
+                f"Labels found on {trained} that the same latent misses on {tested}: {shown(share, '.0%')}{lost}."
+            )
+        return "\n\n".join(parts)
 
     def label_table(self, treebank: str) -> str:
         """Return a Markdown table: each label's best latent in one treebank, and the probes beside it."""

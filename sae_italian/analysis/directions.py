@@ -75,7 +75,8 @@ def nearest_directions(
             if itself is not None:
                 cosine[torch.arange(len(cosine)), itself[first : first + size]] = -2.0
             best, index = cosine.max(dim=1)
-            parts.append((index.cpu(), best.cpu().clamp(-1, 1), (cosine >= above - ROUNDING).sum(dim=1).cpu()))
+            count = (cosine >= above - ROUNDING).sum(dim=1)
+            parts.append((index.cpu(), best.cpu().clamp(-1, 1), count.cpu()))
             bar.update(len(cosine))
     nearest, cosine, neighbours = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     return pd.DataFrame({"nearest": nearest, "cosine": cosine, "neighbours": neighbours})
@@ -159,7 +160,7 @@ class Comparison:
     split: Estimate  # share of the target's latents that split into several of the source
     splits: list[Split]  # the ones that split most, at most SHOWN
     newest: list[int]  # the source's latents of smallest best cosine, at most SHOWN
-    rows: pd.DataFrame = field(repr=False, compare=False)  # by latent: its nearest of the target, cosine, neighbours
+    rows: pd.DataFrame = field(repr=False, compare=False)  # latent, its nearest of the target, cosine, neighbours
 
     @property
     def within(self) -> bool:
@@ -257,6 +258,7 @@ def _by_chance(source: Set, target: Set, n: int, seed: int, *, covariance: bool)
 
 def _splits(near: Any) -> list[Split]:
     """Return the target's latents that are the nearest, and a neighbour, of two or more rows."""
-    several = near[near.duplicated("nearest", keep=False)].sort_values("cosine", ascending=False, kind="stable")
-    groups = several.groupby("nearest")[["latent", "cosine"]].agg(list)
+    several = near[near.duplicated("nearest", keep=False)]
+    falling = several.sort_values("cosine", ascending=False, kind="stable")
+    groups = falling.groupby("nearest")[["latent", "cosine"]].agg(list)
     return [Split(*row) for row in groups.itertuples()]

@@ -87,14 +87,16 @@ class GoldWords:
             gold = micro_italiano.document(int(index), seed=int(seed))
             starts = np.array([word.start for word in gold.words])
             # A token belongs to the word that its last character lies in.
-            self.word_of_position[positions] = len(self.doc_of_word) - 1 + np.searchsorted(starts, ends[positions])
+            place = np.searchsorted(starts, ends[positions]) - 1
+            self.word_of_position[positions] = len(self.doc_of_word) + place
             self.doc_of_word += [doc] * len(gold.words)
             for word in gold.words:
                 inside = (s.labels["construction"] for s in gold.constructions if s.start <= word.start < s.end)
                 kind = tuple(word.labels.items()), tuple(dict.fromkeys(inside)), gold.register
                 kind_of_word.append(kinds.setdefault(kind, len(kinds)))
         found = [_labels(dict(labels), *rest) for labels, *rest in kinds]
-        self.names = {key: i for i, key in enumerate(dict.fromkeys(chain.from_iterable(found)))}  # (category, label)
+        every = dict.fromkeys(chain.from_iterable(found))
+        self.names = {key: i for i, key in enumerate(every)}  # (category, label) -> column
         ones = [(kind, self.names[key]) for kind, keys in enumerate(found) for key in keys]
         self.labels = zeros_and_ones(ones, (len(found), len(self.names)))[kind_of_word]
 
@@ -102,12 +104,13 @@ class GoldWords:
         """Return the largest activation of every latent on any token of each word, [words, latents]."""
         d_sae, parts = cache.manifest.d_sae, []
         for first, acts in cache.entries(0, d_sae - 1):
-            entries = acts.tocoo()
-            columns = {"word": self.word_of_position[entries.col], "latent": first + entries.row, "value": entries.data}
-            tokens = pd.DataFrame(columns)
+            found = acts.tocoo()
+            word, latent = self.word_of_position[found.col], first + found.row
+            tokens = pd.DataFrame({"word": word, "latent": latent, "value": found.data})
             parts.append(tokens[tokens.word >= 0].groupby(["word", "latent"], as_index=False).max())
         found = pd.concat(parts)
-        return scipy.sparse.csr_array((found.value, (found.word, found.latent)), shape=(len(self.doc_of_word), d_sae))
+        shape = len(self.doc_of_word), d_sae
+        return scipy.sparse.csr_array((found.value, (found.word, found.latent)), shape=shape)
 
 
 def _labels(labels: dict[str, str], constructions: Sequence[str], register: str) -> list[tuple[str, str]]:
@@ -340,7 +343,8 @@ def parallel_overlap(
         fired.append([(codes(sae, x) != 0).any(dim=0).cpu().numpy() for x in reads])
     a, b = np.swapaxes(fired, 0, 1)
     turns = np.random.default_rng(seed).integers(1, len(a), SHUFFLES).tolist() if len(a) > 1 else []
-    dealt = [_jaccard(a, np.roll(b, by, axis=0)) for by in turns] or [[np.nan]]  # one pair alone has no chance
+    # one pair alone has no chance
+    dealt = [_jaccard(a, np.roll(b, by, axis=0)) for by in turns] or [[np.nan]]
     jaccard, chance = mean_interval(_jaccard(a, b)), mean_interval(np.mean(dealt, axis=0))
     return Overlap((first, second), hook_name, len(a), jaccard, chance)
 

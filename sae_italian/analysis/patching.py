@@ -185,7 +185,8 @@ class _State:
     def change(self, column: int) -> float:
         """Return by how much the mean KL over all pairs rises with the candidate taken out; NaN where a pair's is not known."""
         rows = self.rows[column]
-        return float((self.without[rows, column].double() - self.kl[rows].double()).sum()) / self.patcher.n_pairs
+        rises = self.without[rows, column].double() - self.kl[rows].double()
+        return float(rises.sum()) / self.patcher.n_pairs
 
     def visit(self, columns: Sequence[int], threshold: float, most_rows: int) -> tuple[int, bool]:
         """Visit the next candidates, as many as fill a batch, up to and with the first whose outcome was guessed wrong.
@@ -193,7 +194,8 @@ class _State:
         Returns how many were visited, and whether all guesses were right. Where nothing has to be measured, the guess is
         certain.
         """
-        steps, n_rows, delta, changed = [], 0, self.delta.clone(), torch.zeros(self.patcher.n_pairs, dtype=torch.bool)
+        steps, n_rows, delta = [], 0, self.delta.clone()
+        changed = torch.zeros(self.patcher.n_pairs, dtype=torch.bool)
         for column in columns:
             rows = self.rows[column]
             unknown = self.without[rows, column].isnan() | changed[rows]

@@ -191,9 +191,10 @@ def ioi_pairs(
 
 def _groups(tokenizer: Any, words: IoiWords, wanted: int | None) -> list[tuple[str, tuple[str, ...]]]:
     """Return (gender, names) with at least three names each, all of one length in tokens and told apart by the first."""
-    tokens = {name: name_tokens(tokenizer, name, words.language) for names in words.names.values() for name in names}
-    groups: dict[tuple[str, int], dict[int, str]] = {}  # by gender and length, the first name with each first token
-    for gender, name in ((gender, name) for gender, names in words.names.items() for name in names):
+    every = [(gender, name) for gender, names in words.names.items() for name in names]
+    tokens = {name: name_tokens(tokenizer, name, words.language) for _, name in every}
+    groups: dict[tuple[str, int], dict[int, str]] = {}  # gender and length: the first name with each first token
+    for gender, name in every:
         if wanted in (None, len(tokens[name])):
             groups.setdefault((gender, len(tokens[name])), {}).setdefault(tokens[name][0], name)
     enough = [(gender, tuple(named.values())) for (gender, _), named in groups.items() if len(named) >= LEAST_NAMES]

@@ -157,7 +157,8 @@ def _row(where: str, line: str) -> tuple[range, str, str, Word]:
             raise DataError(f"{where}: feature {name!r} is not of the form Name=Value.")
     space = "" if "SpaceAfter=No" in misc.split("|") else " "
     labels = _labels(upos, {name: value for name, _, value in pairs})
-    return ids, form, space, Word(0, 0, labels, (tuple(columns),)) if len(ids) == 1 else Word(0, 0, frozenset())
+    alone = Word(0, 0, labels, (tuple(columns),))
+    return ids, form, space, alone if len(ids) == 1 else Word(0, 0, frozenset())
 
 
 def _sentence(text: str, rows: Sequence[tuple[str, str]]) -> tuple[str, list[Word]]:
@@ -174,7 +175,8 @@ def _sentence(text: str, rows: Sequence[tuple[str, str]]) -> tuple[str, list[Wor
             words.append(word)
             covered = ids[-1]
         else:  # a word of a multi-word token
-            words[-1] = words[-1]._replace(labels=words[-1].labels | word.labels, rows=words[-1].rows + word.rows)
+            own = words[-1]
+            words[-1] = own._replace(labels=own.labels | word.labels, rows=own.rows + word.rows)
         expected += len(ids) == 1
     if covered >= expected:
         raise DataError(f"{rows[-1][0]}: the sentence ends before word {covered} of a multi-word token.")
@@ -270,17 +272,14 @@ def last_tokens(sentence: Sentence, spans: Int[np.ndarray, "tokens 2"]) -> Int[n
 
     That is the last token that ends within the word, or where one token covers the word's end and more, that token.
     """
-    end = np.array([word.end for word in sentence.words])
-    start = np.array([word.start for word in sentence.words])
-    if len(spans) == 0:
-        return np.full(len(end), -1)
-    within = np.searchsorted(spans[:, 1], end, side="right") - 1
-    inside = (within >= 0) & (spans[within, 1] > start)
-    complete = inside & (spans[within, 1] == end)
-    beyond = np.minimum(within + 1, len(spans) - 1)
-    straddled = ~complete & (spans[beyond, 0] < end) & (spans[beyond, 1] > end)
-    uncut = inside & (within + 1 < len(spans))
-    return np.select([complete, straddled, uncut], [within, beyond, within], default=-1)
+    start, end = np.array([(word.start, word.end) for word in sentence.words], dtype=int).reshape(-1, 2).T
+    # tokens 1 to n, between two that are none
+    first, last = np.concatenate([[[-1, -1]], spans, [[np.iinfo(int).max] * 2]]).T
+    within = np.searchsorted(last, end, side="right") - 1
+    beyond = within + 1
+    complete, straddled = last[within] == end, first[beyond] < end
+    uncut = (last[within] > start) & (beyond <= len(spans))
+    return np.select([complete, straddled, uncut], [within, beyond, within], default=0) - 1
 
 
 def batches_of(lengths: Mapping[int, int]) -> list[list[int]]:

@@ -223,9 +223,9 @@ def test_labels_that_another_language_misses_are_named(planted):
     how = {"cfg": types.SimpleNamespace(d_in=8), "device": torch.device("cpu"), "dtype": torch.float32}
     sae = types.SimpleNamespace(encode=lambda x: (x > 3).float(), **how)
     result = probe(sae, [words, other])
-    found = {(item.trained, item.tested): item for item in result.misses()}
-    assert found["A", "B"].labels == ["Gender=Fem"] and found["A", "B"].share.value == 1
-    assert found["B", "A"].labels == []
-    assert "misses on B: 100% (" in found["A", "B"].text()
+    found = {(item["trained"], item["tested"]): item for item in result.misses()}
+    assert found["A", "B"]["labels"] == ["Gender=Fem"] and found["A", "B"]["share"].value == 1
+    assert found["B", "A"]["labels"] == []
+    assert "misses on B: 100% (" in result.table() and "): Gender=Fem." in result.table()
     kept = {row.source: row for row in result.labels() if row.label == "Gender=Fem"}  # the store gets both
     assert kept["A"].f1 > 0.9 and kept["B"].f1 == 0 and kept["A"].latent == kept["B"].latent
