@@ -15,14 +15,12 @@ tells such requests apart when a foreign name was made to point here (DNS rebind
 Origin, which has to be the page's own, tells the others; JSON as content type means that no plain form can post.
 """
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import json
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -35,7 +33,6 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.browser.live import Refused, in_both
@@ -47,6 +44,7 @@ T = TypeVar("T")
 HOST, PORT = "127.0.0.1", 8765
 LOOPBACK = (HOST, "localhost", "[::1]")
 MAX_BODY = 64 * 1024  # bytes
+SECONDS = 60.0  # the longest that an answer may take
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -60,42 +58,37 @@ HEADERS = {
 }
 
 
-def create_app(answers: PageAnswers, *, seconds: float = 60.0) -> Guard:
-    """Return the server of one cache, to be run on loopback. `seconds` is the longest that live work may take.
+class Server(BaseHTTPMiddleware):
+    """The server of one cache, to be run on loopback: outside of everything it refuses other pages and adds our headers.
 
-    Its `token` is what live work asks for, which may cost money: it is known to whoever was told the address, and to no
-    other process or page of this machine.
+    Records are made in one thread and live work is done in another, so neither waits, and a model is never used twice at
+    once. `token` is what live work asks for, which may cost money: it is known to whoever was told the address, and to
+    no other process or page of this machine.
     """
-    server, js, css = Server(answers, seconds), script("served"), style()
-    routes = [
-        Route("/", server.page),
-        Route("/assets/app.js", lambda _: Response(js, media_type="text/javascript")),
-        Route("/assets/app.css", lambda _: Response(css, media_type="text/css")),
-        Route("/api/live/{work}", server.work, methods=["POST"]),
-        Route("/api/{name:path}", server.record),
-    ]
-    handlers: Any = {
-        SaeItalianError: lambda _, error: as_json(in_both(error), getattr(error, "status", 422)),
-        HTTPException: lambda _, error: as_json(in_both(error.detail), error.status_code),
-        Exception: lambda _, error: as_json(in_both(f"a defect of ours: {type(error).__name__}"), 500),
-    }
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=server.lifespan)
-    app.router.redirect_slashes = False
-    return Guard(TrustedHostMiddleware(app, LOOPBACK), server.token)
 
-
-def as_json(value: Any, status: int = 200) -> Response:
-    """Return a JSON answer; half a surrogate pair becomes a question mark."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Response(text.encode("utf-8", "replace"), status, media_type="application/json")
-
-
-class Guard(BaseHTTPMiddleware):
-    """Outside of everything: refuses other pages, and adds our headers to every answer."""
-
-    def __init__(self, app: ASGIApp, token: str):
-        super().__init__(app)
-        self.token = token
+    def __init__(self, answers: PageAnswers):
+        self.answers, self.token = answers, secrets.token_urlsafe(16)
+        self.reader, self.worker = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("reader", "live"))
+        sources = [answers.source, *([answers.other.source] if answers.other else [])]
+        files = [source.cache.folder / MANIFEST for source in sources]
+        self.manifests = [(file, file.read_bytes()) for file in files]
+        self._rows: tuple[Any, Response] | None = None
+        js, css = script("served"), style()
+        routes = [
+            Route("/", self.page),
+            Route("/assets/app.js", lambda _: Response(js, media_type="text/javascript")),
+            Route("/assets/app.css", lambda _: Response(css, media_type="text/css")),
+            Route("/api/live/{work}", self.work, methods=["POST"]),
+            Route("/api/{name:path}", self.record),
+        ]
+        handlers: Any = {
+            SaeItalianError: lambda _, error: as_json(in_both(error), getattr(error, "status", 422)),
+            HTTPException: lambda _, error: as_json(in_both(error.detail), error.status_code),
+            Exception: lambda _, error: as_json(in_both(f"a defect of ours: {type(error).__name__}"), 500),
+        }
+        app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self.lifespan)
+        app.router.redirect_slashes = False
+        super().__init__(TrustedHostMiddleware(app, LOOPBACK))
 
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         host, origins = request.headers.get("host"), request.headers.getlist("origin")
@@ -105,24 +98,11 @@ class Guard(BaseHTTPMiddleware):
         answer.headers.update(HEADERS)
         return answer
 
-
-class Server:
-    """What the routes share. Records are made in one thread and live work is done in another, so neither waits."""
-
-    def __init__(self, answers: PageAnswers, seconds: float):
-        self.answers, self.token = answers, secrets.token_urlsafe(16)
-        self.reader = Worker("reader")
-        self.worker = Worker("live", seconds=seconds)
-        sources = [answers.source, *([answers.other.source] if answers.other else [])]
-        files = [source.cache.folder / MANIFEST for source in sources]
-        self.manifests = [(file, file.read_bytes()) for file in files]
-        self._rows: tuple[Any, Response] | None = None
-
     @asynccontextmanager
     async def lifespan(self, _: Starlette):
         yield
-        self.worker.close()
-        self.reader.close()
+        for thread in (self.worker, self.reader):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def _knows(self, token: str) -> bool:
         return secrets.compare_digest(token.encode(), self.token.encode())
@@ -137,8 +117,8 @@ class Server:
         whole = request.path_params["name"]
         name, _, last = whole.rpartition("/")
         if name and last.isascii() and last.isdigit():
-            return await self._answered(self.reader(self._record, name, int(last[:10])))
-        return await self._answered(self.reader(self._record, whole, None))
+            return await self.done(self.reader, self._record, name, int(last[:10]))
+        return await self.done(self.reader, self._record, whole, None)
 
     def _record(self, name: str, argument: Any) -> Response:
         """Return an answer; the list is made once, and again when explanations or scores were stored since."""
@@ -157,12 +137,23 @@ class Server:
                 403,
             )
         arguments = await read_json_body(request)
-        return as_json(await self._answered(self.worker(self.answers, request.path_params["work"], arguments)))
+        return as_json(await self.done(self.worker, self.answers, request.path_params["work"], arguments))
 
-    async def _answered(self, work: Awaitable[Any]) -> Any:
-        """Wait for work on the cache; what fails because the cache was replaced meanwhile is said to be that."""
+    async def done(self, thread: ThreadPoolExecutor, function: Callable[..., T], *arguments: object) -> T:
+        """Return the function's result, done in a thread that does one thing at a time.
+
+        A call that is not done after SECONDS is given up (504): if it has not begun it never does; if it has, it ends in
+        its own time and the next one follows. What fails because the cache was replaced meanwhile is said to be that.
+        Raises: Refused, and what the function raises.
+        """
         try:
-            return await work
+            return await asyncio.wait_for(asyncio.wrap_future(thread.submit(function, *arguments)), SECONDS)
+        except TimeoutError:
+            raise Refused(
+                f"No answer within {SECONDS:g} seconds; try a shorter text.",
+                f"Nessuna risposta in {SECONDS:g} secondi: prova con un testo più corto.",
+                504,
+            ) from None
         finally:
             if self._replaced():
                 raise Refused(
@@ -179,6 +170,12 @@ class Server:
             return True
 
 
+def as_json(value: Any, status: int = 200) -> Response:
+    """Return a JSON answer; half a surrogate pair becomes a question mark."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(text.encode("utf-8", "replace"), status, media_type="application/json")
+
+
 async def read_json_body(request: Request) -> Any:
     """Return the JSON of a request. Raises: Refused for another content type, too much, and no JSON."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
@@ -192,33 +189,6 @@ async def read_json_body(request: Request) -> Any:
         return json.loads(bytes(body))
     except (ValueError, RecursionError):
         raise Refused("The request's body is not JSON.", "Il corpo della richiesta non è JSON.", 400) from None
-
-
-class Worker:
-    """One thread that does one thing at a time, so a model is never used twice at once.
-
-    A call that is not done after `seconds` is given up (504): if it has not begun it never does; if it has, it ends in
-    its own time and the next one follows.
-    """
-
-    def __init__(self, name: str, *, seconds: float = 60.0):
-        self.seconds = seconds
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-
-    async def __call__(self, function: Callable[..., T], *arguments: object) -> T:
-        """Return the function's result. Raises: Refused, and what the function raises."""
-        done = self._executor.submit(function, *arguments)
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(done), self.seconds)
-        except TimeoutError:
-            raise Refused(
-                f"No answer within {self.seconds:g} seconds; try a shorter text.",
-                f"Nessuna risposta in {self.seconds:g} secondi: prova con un testo più corto.",
-                504,
-            ) from None
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 # --- the port ---------------------------------------------------------------------------------------------------------
@@ -243,7 +213,7 @@ def bind(port: int) -> socket.socket:
         raise
 
 
-def serve(app: Any, port: int, ready: Callable[[str], None]) -> None:
+def serve(app: Server, port: int, ready: Callable[[str], None]) -> None:
     """Serve until Ctrl-C; `ready` is told the address, with the token, once the port is ours.
 
     Raises: UsageError, as `bind`.

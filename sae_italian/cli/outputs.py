@@ -154,7 +154,7 @@ def _serve(folder: Path, port: int, llm: Any, which: dict[str, Any]) -> Result:
         extra = "" if answers.live else "  (without live work: the SAE or its model is not on this machine)"
         print(f"{address}{extra}   Ctrl-C ends", flush=True)
 
-    server.serve(server.create_app(answers), port, ready=ready)
+    server.serve(server.Server(answers), port, ready=ready)
     return Result({"host": server.HOST, "port": port}, "stopped")
 
 

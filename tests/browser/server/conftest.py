@@ -22,7 +22,7 @@ ADDRESS = "http://127.0.0.1:8765"
 
 
 def create_app(source, live=None, *, other=None, encoder=None):
-    return server.create_app(PageAnswers(source, live, other, encoder))
+    return server.Server(PageAnswers(source, live, other, encoder))
 
 
 def open_with_live(cache, tokenizer, *, sae, model):

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient as Client
 
 from sae_italian.base.errors import UsageError
 from sae_italian.browser import server
-from sae_italian.browser.server import HEADERS, MAX_BODY, Worker, bind
+from sae_italian.browser.server import HEADERS, MAX_BODY, bind
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
@@ -307,7 +307,7 @@ def test_paths_are_taken_as_they_are(client):
         assert client.get(path, follow_redirects=False).status_code == 404
 
 
-def test_what_takes_too_long_is_given_up_and_what_had_not_begun_never_does():
+def test_what_takes_too_long_is_given_up_and_what_had_not_begun_never_does(opened, monkeypatch):
     release, begun = threading.Event(), []
 
     def wait(number: int) -> None:
@@ -315,14 +315,15 @@ def test_what_takes_too_long_is_given_up_and_what_had_not_begun_never_does():
         release.wait(60)
 
     async def scenario():
-        worker = Worker("test", seconds=0.05)
-        found = await asyncio.gather(*(worker(wait, number) for number in range(3)), return_exceptions=True)
+        monkeypatch.setattr(server, "SECONDS", 0.05)
+        asked = (app.done(app.worker, wait, number) for number in range(3))
+        found = await asyncio.gather(*asked, return_exceptions=True)
         assert [error.status for error in found] == [504] * 3  # pyright: ignore
         release.set()
-        worker.seconds = 60
-        assert await worker(lambda: "again") == "again"
-        worker.close()
+        monkeypatch.setattr(server, "SECONDS", 60)
+        assert await app.done(app.worker, lambda: "again") == "again"
 
+    app = create_app(*opened)
     asyncio.run(scenario())
     assert begun == [0]
 
