@@ -26,10 +26,11 @@ _STOP = "[.!?…]" + "".join(rf"(?<!\b(?i:{one})\.)" for one in _SHORT.split()) 
 _BEGINS = re.compile(rf"(?:{_STOP}{_MARK}*(?=\s+{_NEXT})|(?=\n))(\s+)")  # and ends: of sentences
 _ENDS, _SPACE = re.compile(rf"{_STOP}{_MARK}*(?=\s+{_NEXT}|\Z)|(?=\n)"), re.compile(r"\s+")
 _UNSTORABLE = re.compile("[\ud800-\udfff]")
-_ORDINALS = {
-    "it": ("Primo", "Secondo", "Terzo", "Quarto", "Quinto", "Sesto", "Settimo", "Ottavo", "Nono", "Ultimo"),
-    "en": ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth", "Ninth", "Last"),
-}
+_TENTHS = [
+    *(("Primo", "First"), ("Secondo", "Second"), ("Terzo", "Third"), ("Quarto", "Fourth"), ("Quinto", "Fifth")),
+    *(("Sesto", "Sixth"), ("Settimo", "Seventh"), ("Ottavo", "Eighth"), ("Nono", "Ninth"), ("Ultimo", "Last")),
+]
+GROUPS = [("Più forti", "Strongest"), *((f"{it} decimo", f"{en} tenth") for it, en in _TENTHS)]
 
 
 def passages_of(
@@ -51,18 +52,12 @@ def passages_of(
     wanted = zip(candidates, [N_TOP] + [PER_TENTH] * len(tenths), strict=True)
     kept = [own[first_new(islice(alike, len(own)), n, seen)] for own, n in wanted]
     chosen = peaks.position[np.concatenate(kept)]
-    passages = latent.around(chosen, before + reach, after + reach)
-    active = [(latent.position[here], latent.value[here]) for here in passages.active]
-    contexts = _contexts(latent.cache, document, chosen, passages[1:4], active, (before, after, reach))
+    contexts = _contexts(document, [latent] * len(chosen), chosen, (before, after, reach))
+    bounds = [(None, None), *(peaks.value[tenth[[-1, 0]]].tolist() for tenth in tenths)]
     groups = []
-    for index, own in enumerate(kept):
-        group = Record(name_it="Più forti", name_en="Strongest", lo=None, hi=None)
-        if index:
-            it, en = (_ORDINALS[language][index - 1] for language in ("it", "en"))
-            lo, hi = peaks.value[tenths[index - 1][[-1, 0]]].tolist()
-            group = Record(name_it=f"{it} decimo", name_en=f"{en} tenth", lo=lo, hi=hi)
+    for own, (it, en), (lo, hi) in zip(kept, GROUPS, bounds, strict=False):
         if shown := list(islice(contexts, len(own))):
-            groups.append({**group, "contexts": shown})
+            groups.append(Record(name_it=it, name_en=en, lo=lo, hi=hi, contexts=shown))
     return groups
 
 
@@ -71,13 +66,7 @@ def samples(cache: FeatureCache, document: Document, latents: Sequence[int]) -> 
     found = [cache.latent(latent) for latent in latents]
     alive = [one for one in found if len(one)]
     peak = np.array([one.position[one.value.argmax()] for one in alive], dtype=np.int64)
-    before, after, reach = SAMPLE
-    place = surroundings(cache, peak, before + reach, after + reach)
-    active = []
-    for one, start, length in zip(alive, *place[:2], strict=True):
-        here = slice(*np.searchsorted(one.position, (start, start + length)).tolist())
-        active.append((one.position[here], one.value[here]))
-    contexts = _contexts(cache, document, peak, place, active, SAMPLE)
+    contexts = _contexts(document, alive, peak, SAMPLE)
     return [_in_one_line(next(contexts)) if len(one) else "" for one in found]
 
 
@@ -102,24 +91,26 @@ def _in_one_line(context: Record) -> str:
 
 
 def _contexts(
-    cache: FeatureCache,
     document: Document,
+    latents: Sequence[LatentActivations],
     peak: Int[np.ndarray, " n"],
-    place: tuple[np.ndarray, ...],
-    active: list[tuple[np.ndarray, np.ndarray]],
-    wanted: tuple[int, int, int],
+    reaching: tuple[int, int, int],
 ) -> Iterator[Record]:
-    """Yield the passages around some peaks; what stands at all of their tokens is read from the cache at once.
+    """Yield the passage around each peak, of its latent; what stands at all of their tokens is read from the cache at once.
 
-    `place` is first position, length and document of the text to choose from, `active` what fires in it: positions and
-    activations. `wanted` are tokens before and after the peak, and how many more there are to choose from.
+    `reaching` are tokens before and after the peak, and how many more there are to choose from.
     """
-    (start, length, doc), (before, after, reach) = place, wanted
+    (before, after, reach), active = reaching, []
+    start, length, doc = surroundings(latents[0].cache, peak, before + reach, after + reach)
+    for latent, first, n in zip(latents, start, length, strict=True):
+        here = slice(*np.searchsorted(latent.position, (first, first + n)).tolist())
+        active.append((latent.position[here], latent.value[here]))
     last = start + length - 1
     ends = [start, np.maximum(start, peak - before), peak, np.minimum(last, peak + after), last]
-    begin, end = cache.gather_all(("start", "end"), np.concatenate([*ends, *(own for own, _ in active)]))
+    places = np.concatenate([*ends, *(positions for positions, _ in active)])
+    begin, end = latents[0].cache.gather_all(("start", "end"), places)
     borders = [*begin[: 3 * len(peak)].reshape(3, -1), *end[2 * len(peak) : 5 * len(peak)].reshape(3, -1)]
-    edges = np.cumsum([len(own) for own, _ in active])
+    edges = np.cumsum([len(positions) for positions, _ in active])
     spans = np.split(np.stack([begin, end], axis=1)[5 * len(peak) :], edges)
     for index, own in enumerate(np.stack(borders, axis=1).tolist()):
         text, doc_id, source = document(int(doc[index]))
@@ -171,19 +162,13 @@ def split_text(text: str, spans: Int[np.ndarray, "tokens 2"], values: np.ndarray
     Where tokens share characters (a letter of several bytes), the piece has the largest of their activations. Tokens
     that are not given are silent, and what is silent is one piece up to the next token that is not.
     """
-    edges = sorted({0, len(text), *spans.ravel().tolist()})
-    place = {edge: index for index, edge in enumerate(edges)}
-    strength = [0.0] * len(edges)
-    for (start, stop), value in zip(spans.tolist(), values.tolist(), strict=True):
-        for index in range(place[start], place[stop]):
-            strength[index] = max(strength[index], value)
-    pieces: list[tuple[str, float]] = []
-    for (start, stop), value in zip(pairwise(edges), strength, strict=False):
-        if pieces and value == 0.0 == pieces[-1][1]:
-            pieces[-1] = (pieces[-1][0] + text[start:stop], 0.0)
-        else:
-            pieces.append((text[start:stop], value))
-    return pieces
+    edges = np.unique([0, len(text), *spans.ravel().tolist()])
+    strength = np.zeros(len(edges) - 1)
+    for (first, last), value in zip(np.searchsorted(edges, spans).tolist(), values.tolist(), strict=True):
+        strength[first:last] = np.maximum(strength[first:last], value)
+    begins = np.append(True, strength[:-1] > 0)[: len(strength)] | (strength > 0)
+    borders = [*edges[:-1][begins].tolist(), len(text)]
+    return [(text[a:b], value) for (a, b), value in zip(pairwise(borders), strength[begins].tolist(), strict=True)]
 
 
 def pieces(

@@ -1,7 +1,7 @@
 """What is read off an SAE's decoder and its model: logits, a map, and the neighbours that Neuronpedia shows."""
 
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,12 +43,9 @@ def bars(values: np.ndarray) -> tuple[list[float], list[float]]:
     return rounded((edges[:-1] + edges[1:]) / 2), rounded(heights.astype(np.float64))
 
 
-class NeuronTable(NamedTuple):
-    """Three of Neuronpedia's neighbours: their ids, what it calls L1, and its second number."""
-
-    indices: list[int] = []
-    l1: list[float] = []
-    other: list[float] = []
+Neighbours = tuple[Any, Any, Any]
+"""Those of Neuronpedia: their ids, what it calls L1, and its second number; the nearest first."""
+NONE: Neighbours = [], [], []
 
 
 class Decoder:
@@ -79,11 +76,11 @@ class Decoder:
         edges = lo + width * torch.arange(BINS + 1) / BINS
         return {"edges": edges.tolist(), "counts": torch.bincount(index, minlength=BINS).tolist()}
 
-    def alignment(self, latent: int) -> NeuronTable:
-        """Return the dimensions with the largest decoder weights: the weight, and its share of the L1 norm."""
+    def alignment(self, latent: int) -> Neighbours:
+        """Return the dimensions with the largest decoder weights: the weight's share of the L1 norm, and the weight."""
         direction = self.directions[latent]
         value, index = direction.topk(min(N_TABLE, len(direction)))
-        return NeuronTable(index.tolist(), (value / direction.abs().sum()).tolist(), value.tolist())
+        return index.numpy(), (value / direction.abs().sum()).numpy(), value.numpy()
 
     @cached_property
     def plane(self) -> Float[np.ndarray, "d_sae 2"]:
@@ -102,40 +99,37 @@ class Correlations:
         # what densities are shares of: the tokens of documents, not the special ones
         self.n_tokens = round(float(count[most]) / float(density[most])) if count[most] else cache.n_positions
 
-    def latents(self, latent: int) -> NeuronTable:
+    def latents(self, latent: int) -> Neighbours:
         """Return the latents that go with this one, with cosine and Pearson over the whole cache.
 
         Candidates are the latents that fire on most of the same tokens, of all latents: not those of one batch.
         """
         position, value = self.cache.latent(latent)
-        found = []
-        for other in self.cache.statistics["cofiring_ids"][latent].tolist():
-            their_position, their_value = self.cache.latent(other)
-            _, mine, theirs = np.intersect1d(position, their_position, assume_unique=True, return_indices=True)
-            cross = value[mine].astype(np.float64) @ their_value[theirs].astype(np.float64)
-            cosine, pearson = _similar(cross, _sums(value), _sums(their_value), self.n_tokens)
-            found.append((-float(pearson), other, float(cosine)))
-        best = sorted(found)[:N_TABLE]
-        return NeuronTable([other for _, other, _ in best], [row[2] for row in best], [-row[0] for row in best])
+        others, products = self.cache.statistics["cofiring_ids"][latent], []
+        for other in others.tolist():
+            their_position, theirs = self.cache.latent(other)
+            _, mine, same = np.intersect1d(position, their_position, assume_unique=True, return_indices=True)
+            theirs = theirs.astype(np.float64)
+            products.append((value[mine].astype(np.float64) @ theirs[same], theirs.sum(), theirs @ theirs))
+        cross, sums, squares = np.array(products).reshape(-1, 3).T
+        return _alike(value, cross, sums, squares, self.n_tokens, others)
 
-    def neurons(self, latent: int) -> NeuronTable:
+    def neurons(self, latent: int) -> Neighbours:
         """Return the dimensions of the model's activation that go with the latent, with cosine and Pearson.
 
         There are none without the model, nor for a latent that is silent on the sample.
         """
         if self.model is None:
-            return NeuronTable()
-        x, sums, acts = self._sample
+            return NONE
+        x, sums, squares, acts = self._sample
         column = acts[:, latent]
         if column.nnz == 0:
-            return NeuronTable()
-        value = column.data.astype(np.float64)
-        cosine, pearson = _similar(value @ x[column.indices], _sums(value), sums, len(x))
-        best = np.argsort(-pearson, kind="stable")[:N_TABLE]
-        return NeuronTable(best.tolist(), cosine[best].tolist(), pearson[best].tolist())
+            return NONE
+        cross = column.data.astype(np.float64) @ x[column.indices]
+        return _alike(column.data, cross, sums, squares, len(x), np.arange(x.shape[1]))
 
     @cached_property
-    def _sample(self) -> tuple[Float[np.ndarray, "n d_in"], tuple[np.ndarray, np.ndarray], csc_matrix]:
+    def _sample(self) -> tuple[Float[np.ndarray, "n d_in"], np.ndarray, np.ndarray, csc_matrix]:
         """The model's activations on the cache's first windows, their sums and the cache's latents there."""
         manifest = self.cache.manifest
         most = min(SAMPLE_TOKENS, SAMPLE_FLOATS // manifest.d_in) // manifest.context_size
@@ -149,18 +143,22 @@ class Correlations:
         indptr = acts["indptr"][: n + 1].astype(np.int64)
         here = slice(0, int(indptr[-1]))
         values = acts["value"][here].astype(np.float32), acts["latent"][here].astype(np.int32), indptr
-        sums = x.sum(axis=0, dtype=np.float64), np.einsum("ij,ij->j", x, x).astype(np.float64)
-        return x, sums, csr_matrix(values, shape=(n, manifest.d_sae))[counted].tocsc()
+        latents = csr_matrix(values, shape=(n, manifest.d_sae))[counted].tocsc()
+        return x, x.sum(axis=0, dtype=np.float64), np.einsum("ij,ij->j", x, x).astype(np.float64), latents
 
 
-def _sums(value: np.ndarray) -> tuple[float, float]:
-    wide = value.astype(np.float64)
-    return float(wide.sum()), float(wide @ wide)
+def _alike(
+    value: np.ndarray, cross: np.ndarray, sums: np.ndarray, squares: np.ndarray, n: int, ids: np.ndarray
+) -> Neighbours:
+    """Return ids, cosines and Pearson correlations of what goes best with a latent of these activations over n tokens.
 
-
-def _similar(cross: Any, one: tuple[Any, Any], two: tuple[Any, Any], n: int) -> tuple[Any, Any]:
-    """Return cosine and Pearson correlation from the sums of products, of values and of squares; 0 where undefined."""
-    spread = (one[1] - one[0] ** 2 / n) * (two[1] - two[0] ** 2 / n)
-    length = one[1] * two[1]
+    Of each candidate are given the sum of its products with the latent, of its values and of their squares; where a
+    correlation is not defined it is 0.
+    """
+    value = value.astype(np.float64)
+    total, square = value.sum(), value @ value
+    length, spread = square * squares, (square - total**2 / n) * (squares - sums**2 / n)
     cosine = cross / np.sqrt(np.where(length > 0, length, np.inf))
-    return cosine, (cross - one[0] * two[0] / n) / np.sqrt(np.where(spread > 0, spread, np.inf))
+    pearson = (cross - total * sums / n) / np.sqrt(np.where(spread > 0, spread, np.inf))
+    best = np.lexsort((ids, -pearson))[:N_TABLE]
+    return ids[best], cosine[best], pearson[best]

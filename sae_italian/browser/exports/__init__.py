@@ -77,27 +77,22 @@ def write_rows(file: Path, rows: Iterable[Facts]) -> None:
             packed.write(f"{line}\n".encode())
 
 
-# --- the rows of each format -------------------------------------------------------------------------------------------
+# --- the rows of each format: the facts that fill them, for a batch of latents ------------------------------------------
 
 
-def _batches(latents: Latents, batch: range) -> Iterator[Facts]:
-    features = []
+def _features(latents: Latents, batch: range) -> Iterator[Facts]:
+    rows = []
     for latent in batch:
         activations = [make_row("batch_activation", passage) for passage in latents.passages(latent)]
-        features.append(make_row("batch_feature", {**latents.record(latent), "activations": activations}))
-    yield make_row("batch", {**latents.facts, "features": features})
-
-
-def _neurons(latents: Latents, batch: range) -> Iterator[Facts]:
-    for latent in batch:
-        yield make_row("neuron", latents.record(latent))
+        rows.append(make_row("batch_feature", {**latents.record(latent), "activations": activations}))
+    yield {**latents.facts, "features": rows}
 
 
 def _activations(latents: Latents, batch: range) -> Iterator[Facts]:
     for latent in batch:
         for number, passage in enumerate(latents.passages(latent)):
             key = row_id(latents.facts, "activation", latent, number)
-            yield make_row("activation", {**latents.facts, **passage, "index": str(latent), "row_id": key})
+            yield {**latents.facts, **passage, "index": str(latent), "row_id": key}
 
 
 def _explanations(latents: Latents, batch: range) -> Iterator[Facts]:
@@ -112,18 +107,13 @@ def _explanations(latents: Latents, batch: range) -> Iterator[Facts]:
             if text:
                 notes = {"explainer": explainer, "language": language, "detection_balanced_accuracy": score}
                 key = row_id(latents.facts, "explanation", latent, explainer, language)
-                facts = {"index": str(latent), "row_id": key, "description": storable(text)}
-                facts["notes"] = json.dumps(notes, ensure_ascii=False, allow_nan=False)
-                yield make_row("explanation", latents.facts | facts)
-
-
-def _circuit_features(latents: Latents, batch: range) -> Iterator[Facts]:
-    for latent in batch:
-        yield circuit_feature(latents, latent)
+                told = json.dumps(notes, ensure_ascii=False, allow_nan=False)
+                own = {"index": str(latent), "row_id": key, "description": storable(text), "notes": told}
+                yield {**latents.facts, **own}
 
 
 def circuit_feature(latents: Latents, latent: int) -> Facts:
-    """Return a latent's passages by quantile and its tokens, as circuit-tracer's page wants them."""
+    """Return the facts of a latent's row for circuit-tracer's page: its passages by quantile, and its tokens."""
     quantiles = []
     for (lo, hi), passages in groupby(latents.passages(latent, digits=17), key=itemgetter("lo", "hi")):
         name = f"Activations from {lo:.3g} to {hi:.3g}" if lo >= 0 else "Top activations"
@@ -131,20 +121,19 @@ def circuit_feature(latents: Latents, latent: int) -> Facts:
         quantiles.append({"quantile_name": name, "examples": examples})
     value = latents.cache.latent(latent).value
     bounds = {"smallest": rounded(value.min() if len(value) else 0.0), "largest": rounded(value.max(initial=0.0))}
-    facts = {"latent": latent, **latents.logits(latent), **bounds, "examples_quantiles": quantiles}
-    return make_row("circuit_feature", facts)
+    return {"latent": latent, **latents.logits(latent), **bounds, "examples_quantiles": quantiles}
 
 
 class Form(NamedTuple):
-    """A format of files: the folder that facts name, the tables of files that are filled once, and the rows of the others.
+    """A format of files: the folder that facts name, files that are written once, and those of each batch of latents.
 
-    The `{}` of a batch's file is its `number` (of the facts, the batch and its first latent); of several, the last is written
-    last, so what is there is whole.
+    Of each file is given the table of its rows, and of a batch's what yields their facts. The `{}` of its name is the
+    batch's `number` (of the facts, the batch and its first latent); the last file is written last, so what is there is whole.
     """
 
     folder: str
     once: dict[str, str]
-    batches: dict[str, Callable[[Latents, range], Iterator[Facts]]]
+    batches: dict[str, tuple[str, Callable[[Latents, range], Iterable[Facts]]]]
     size: int = BATCH  # latents of a batch, more where there would be more than `most` of them
     most: int = sys.maxsize
     number: Callable[[Facts, int, int], int] = lambda facts, batch, first: batch
@@ -154,22 +143,22 @@ FORMS = {
     "neuronpedia": Form(
         "{model}_{source_set}_{hook_name}_{d_sae}{ending}",
         {f"{name}.json": name for name in ("run_settings", "skipped_indexes")},
-        {"batch-{}.json": _batches},
+        {"batch-{}.json": ("batch", _features)},
     ),
     "neuronpedia-bulk": Form(
         "{model}/{source}",
         {f"{name}.jsonl": name for name in ("release", "model", "sourceset", "source")},
         {
-            "explanations/batch-{}.jsonl.gz": _explanations,
-            "activations/batch-{}.jsonl.gz": _activations,
-            "features/batch-{}.jsonl.gz": _neurons,
+            "explanations/batch-{}.jsonl.gz": ("explanation", _explanations),
+            "activations/batch-{}.jsonl.gz": ("activation", _activations),
+            "features/batch-{}.jsonl.gz": ("neuron", lambda latents, batch: map(latents.record, batch)),
         },
         most=1000,  # files of a folder that its importer sees
     ),
     "circuit-tracer": Form(
         "features/{release}",
         {},
-        {"{}.json": _circuit_features},
+        {"{}.json": ("circuit_feature", lambda latents, batch: [circuit_feature(latents, latent) for latent in batch])},
         size=1,
         number=lambda facts, batch, first: cantor(facts["layer"], first),
     ),
@@ -185,10 +174,10 @@ def _write(folder: Path, to: str, latents: Latents, wanted: range, bar: Any) -> 
     for number, first in enumerate(range(wanted.start, wanted.stop, size)):
         batch = range(first, min(first + size, wanted.stop))
         name = form.number(latents.facts, number, first)
-        files = {folder / file.format(name): rows for file, rows in form.batches.items()}
-        if not list(files)[-1].is_file():
-            for file, rows in files.items():
-                write_rows(file, rows(latents, batch))
+        files = [(folder / file.format(name), *rows) for file, rows in form.batches.items()]
+        if not files[-1][0].is_file():
+            for file, table, facts in files:
+                write_rows(file, (make_row(table, own) for own in facts(latents, batch)))
         bar.update(len(batch))
 
 

@@ -23,7 +23,7 @@ from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import fingerprint
 from sae_italian.browser.contexts import pieces, storable
-from sae_italian.browser.directions import Correlations, NeuronTable, bars, rounded
+from sae_italian.browser.directions import NONE, Correlations, bars, rounded
 from sae_italian.browser.source import LatentSource, public_name
 from sae_italian.cache import LatentActivations, Manifest
 from sae_italian.models import parse_hook_name
@@ -114,12 +114,11 @@ class Latents:
             **self.logits(latent),
         }
         for name, other, table in (
-            ("neuron_alignment", "values", decoder.alignment(latent) if decoder else NeuronTable()),
+            ("neuron_alignment", "values", decoder.alignment(latent) if decoder else NONE),
             ("correlated_neurons", "pearson", correlations.neurons(latent)),
             ("correlated_features", "pearson", correlations.latents(latent)),
         ):
-            found[f"{name}_indices"] = table.indices
-            found[f"{name}_l1"], found[f"{name}_{other}"] = rounded(table.l1), rounded(table.other)
+            found |= zip((f"{name}_indices", f"{name}_l1", f"{name}_{other}"), map(rounded, table), strict=True)
         logits = decoder.logits(latent).numpy() if decoder else np.empty(0)
         for name, values in (("freq", self.cache.latent(latent).value), ("logits", logits)):
             found[f"{name}_hist_data_bar_values"], found[f"{name}_hist_data_bar_heights"] = bars(values)
@@ -204,11 +203,11 @@ class Latents:
 
 
 class Field(NamedTuple):
-    """One field of a table: its type, and the fact or the constant that fills it."""
+    """One field of a table: its type, and the constant or the fact that fills it."""
 
     kind: str
+    constant: Any
     fact: str | None
-    constant: Any = None
 
 
 @cache
@@ -222,11 +221,8 @@ def tables() -> dict[str, dict[str, Any]]:
 
 
 def _field(name: str, told: str) -> Field:
-    kind, equals, constant = told.partition(" = ")
-    if equals:
-        return Field(kind, None, yaml.safe_load(constant))
-    kind, _, fact = told.partition(" $")
-    return Field(kind, fact or name)
+    ((kind, sign, rest),) = re.findall(r"(\S+)(?: ([=$]) ?(.*))?", told)
+    return Field(kind, yaml.safe_load(rest), None) if sign == "=" else Field(kind, None, rest or name)
 
 
 def make_row(name: str, facts: dict[str, Any]) -> dict[str, Any]:

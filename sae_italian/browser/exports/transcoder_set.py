@@ -28,7 +28,7 @@ from sae_italian.base.pace import progress
 from sae_italian.base.report import table
 from sae_italian.base.storage import write_text
 from sae_italian.browser.exports import circuit_feature
-from sae_italian.browser.exports.latents import Latents
+from sae_italian.browser.exports.latents import Latents, make_row
 from sae_italian.browser.source import LatentSource
 from sae_italian.circuits.edges import layers_of
 from sae_italian.evaluation.diagnosis import export_jumprelu
@@ -136,7 +136,7 @@ def _feature(latents: Latents, latent: int, layer: int) -> dict[str, Any]:
     values = latents.cache.latent(latent).value.astype(np.float64)
     counts = np.histogram(values, bins=50)[0].tolist() if len(values) else []
     return {
-        **circuit_feature(latents, latent),
+        **make_row("circuit_feature", circuit_feature(latents, latent)),
         "transcoder_id": f"layer_{layer}",
         "quantile_values": np.quantile(values, QUANTILES).tolist() if len(values) else [],
         "histogram": [float(count) for count in counts],

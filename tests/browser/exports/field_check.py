@@ -12,14 +12,7 @@ from typing import Any
 from sae_italian.browser.exports import FORMS, Export
 from sae_italian.browser.exports.latents import tables
 
-# The table of each file that is written batch by batch, and of each format that with a row for each latent.
-BATCHES = {
-    "batch-{}.json": "batch",
-    "explanations/batch-{}.jsonl.gz": "explanation",
-    "activations/batch-{}.jsonl.gz": "activation",
-    "features/batch-{}.jsonl.gz": "neuron",
-    "{}.json": "circuit_feature",
-}
+# The table of each format that has a row for each latent.
 LATENTS = {"neuronpedia": "batch_feature", "neuronpedia-bulk": "neuron", "circuit-tracer": "circuit_feature"}
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
@@ -42,7 +35,7 @@ def checked(done: Export) -> Export:
 def check_folder(folder: Path, to: str, n_latents: int) -> dict[str, int]:
     """Check every row of an export; return the rows of each table. Raises: AssertionError, also when a latent is missing."""
     form, check = FORMS[to], FieldCheck()
-    for pattern, table in (form.once | {file: BATCHES[file] for file in form.batches}).items():
+    for pattern, table in (form.once | {file: table for file, (table, _) in form.batches.items()}).items():
         for file in sorted(folder.glob(pattern.format("[0-9]*"))):
             for number, row in enumerate(read_rows(file), 1):
                 check(table, row, f"{file.relative_to(folder)}, line {number}")
