@@ -18,9 +18,11 @@ from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jinja2
+
 from sae_italian.autointerp.choose import EXPLAINER, LOOKUP
 from sae_italian.autointerp.work import TITLE, WHOLE
-from sae_italian.base.labels import Language, label, page_labels
+from sae_italian.base.labels import label, page_labels
 from sae_italian.base.report import table
 
 SCRIPTS = (
@@ -39,6 +41,11 @@ _RESET = (
 def static_text(name: str) -> str:
     """Return a file of `static/`. Raises: FileNotFoundError."""
     return (resources.files("sae_italian.browser") / "static" / name).read_text(encoding="utf-8")
+
+
+def template(text: str, names: dict[str, Any] | None = None) -> jinja2.Template:
+    """Return a template of HTML: what is put into it is escaped; `names` stand for what every use of it has."""
+    return jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text, names)
 
 
 @cache
@@ -112,20 +119,8 @@ def _gain(source: LatentSource, latent: int) -> float | None:
     return None if own is None or lookup is None else own - lookup
 
 
-def _status(source: LatentSource, latent: int) -> str:
-    """Return why there is no explanation; empty where there is one."""
-    found = source.explained(EXPLAINER, latent)
-    return "not explained" if found is None else "" if found.status == "ok" else found.status
-
-
 def _kind(source: LatentSource, latent: int) -> str:
-    found = source.explained(EXPLAINER, latent)
-    return found.rule["family"] if found and found.rule else ""
-
-
-def _title(source: LatentSource, latent: int, language: Language) -> str:
-    found = source.explained(EXPLAINER, latent)
-    return found.title(language) if found else ""
+    return (source.explained(EXPLAINER, latent).rule or {}).get("family", "")
 
 
 def _detected(source: LatentSource, latent: int) -> list[str]:
@@ -140,14 +135,12 @@ COLUMNS: dict[str, Column] = {
     "n_active": Column(lambda s, i: int(s.stats["count"][i])),
     "sample": Column(lambda s, i: s.sample(i)),  # its strongest passage, what fires marked (contexts.py)
     # the rule's, which the scores are of; an LLM's, empty without one
-    "title_it": Column(
-        lambda s, i: _title(s, i, "it")
-    ),  # 60 characters at most; empty when unexplained, and in an older store
-    "title_en": Column(lambda s, i: _title(s, i, "en")),
+    "title_it": Column(lambda s, i: s.explained(EXPLAINER, i).title("it")),  # empty in an older store
+    "title_en": Column(lambda s, i: s.explained(EXPLAINER, i).title("en")),
     "title_detection": Column(_score(TITLE, "value")),  # the title's own score, as `detection`
     "whole_detection": Column(_score(WHOLE, "value")),  # of the rule as it was fitted
-    "explanation_it": Column(lambda s, i: getattr(s.explained(EXPLAINER, i), "text_it", "")),
-    "explanation_en": Column(lambda s, i: getattr(s.explained(EXPLAINER, i), "text_en", "")),
+    "explanation_it": Column(lambda s, i: s.explained(EXPLAINER, i).text_it),
+    "explanation_en": Column(lambda s, i: s.explained(EXPLAINER, i).text_en),
     "llm_it": Column(lambda s, i: getattr(s.llm_explanation(i), "text_it", "")),
     "llm_en": Column(lambda s, i: getattr(s.llm_explanation(i), "text_en", "")),
     "kind": Column(_kind),  # token, previous, bigram, context, ...; empty when unexplained
@@ -164,7 +157,7 @@ COLUMNS: dict[str, Column] = {
     "dead": Column(lambda s, i: not s.stats["count"][i]),
     "x": Column(lambda s, i: s.place(i, 0)),  # on the map; None without the decoder
     "y": Column(lambda s, i: s.place(i, 1)),
-    "status": Column(_status),
+    "status": Column(lambda s, i: s.explained(EXPLAINER, i).status.removeprefix("ok")),  # why there is no explanation
 }
 
 

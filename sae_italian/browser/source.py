@@ -35,6 +35,7 @@ N_SOURCES = 12  # of a latent's sources, those with most documents: a corpus may
 N_LABELS, N_KEYS = 10, 20  # labels of a latent, best first; keys of its rule, heaviest first
 SCORE_FIELDS = ("scorer", "judge", "negatives", "metric", "value", "lo", "hi", "n_pos", "n_neg", "explainer")
 GOLD_FIELDS = ("label", "category", "n", "latent", "f1", "precision", "recall")
+NOT_EXPLAINED = Explanation(-1, "", "not explained", "", "", None)
 LABEL_FIELDS = ("label", "source", "f1", "lo", "hi", "precision", "recall", "n")
 _SCORES = f"""
     SELECT scorer, judge, negatives, metric, value, lo, hi, n_positive, n_negative, explainer
@@ -106,8 +107,7 @@ class LatentSource:
             self.explanations = {name: stored[name] for name in sorted(stored, key=order)}
             for explainer, scorer, latent, *score in store.connection.execute(_HEADLINE):
                 name = explainer.removesuffix(NOW)
-                shown = self.explained(name, latent)
-                if shown is not None and shown.explainer == explainer:  # `@now` only where a run left room
+                if self.explained(name, latent).explainer == explainer:  # `@now` only where a run left room
                     self.scores.setdefault((name, scorer), {})[latent] = score
         self.labels = labels_of(store, self.gold)
 
@@ -164,8 +164,9 @@ class LatentSource:
         """Return the latent's strongest passage in one line (contexts.py)."""
         return self._samples.get(latent) or samples(self.cache, self._document, [latent])[0]
 
-    def explained(self, explainer: str, latent: int) -> Explanation | None:
-        return self.explanations.get(explainer, {}).get(latent)
+    def explained(self, explainer: str, latent: int) -> Explanation:
+        """Return the explanation of an explainer, an empty one where there is none."""
+        return self.explanations.get(explainer, {}).get(latent, NOT_EXPLAINED)
 
     def llm_explanation(self, latent: int) -> Explanation | None:
         """Return the first explanation with a text that is neither the rule nor the control."""
@@ -190,7 +191,6 @@ class LatentSource:
         counts = stats["histogram"][latent].tolist() if largest else []
         edges = np.linspace(0, largest, len(counts) + 1).tolist() if counts else []
         sources, more_sources = self._sources(activations.position)
-        rule = self.explained(EXPLAINER, latent)
         return {
             "latent": latent,
             "explanations": self._explanations(latent),
@@ -207,7 +207,7 @@ class LatentSource:
             "sources": sources,
             "more_sources": more_sources,
             "labels": self.labels.get(latent, []),
-            "rule": _shown_rule(rule.rule if rule else None),
+            "rule": _shown_rule(self.explained(EXPLAINER, latent).rule),
             "seeds": self._seeds_of(latent),
             "graphs": self.graphs.get(latent, []),
         }
@@ -261,12 +261,12 @@ class LatentSource:
         names, number = self._source_of
         doc = self.cache.gather("doc", position)
         doc = doc[doc < len(number)]
-        tokens = np.bincount(number[doc], minlength=len(names))
-        documents = np.bincount(number[np.unique(doc[np.diff(doc, prepend=-1) != 0])], minlength=len(names))
-        found = np.flatnonzero(documents)
-        shown = found[np.argsort(-documents[found], kind="stable")][:N_SOURCES].tolist()
-        rows = [{"source": names[i], "documents": int(documents[i]), "tokens": int(tokens[i])} for i in shown]
-        return rows, len(found) - len(shown)
+        tokens = np.bincount(number[doc])
+        found, documents = np.unique(number[np.unique(doc[np.diff(doc, prepend=-1) != 0])], return_counts=True)
+        order = np.argsort(-documents, kind="stable")[:N_SOURCES]
+        counts = zip(found[order].tolist(), documents[order].tolist(), strict=True)
+        rows = [{"source": names[i], "documents": n, "tokens": int(tokens[i])} for i, n in counts]
+        return rows, len(found) - len(rows)
 
 
 def told(explanation: Explanation) -> Record:
@@ -277,8 +277,7 @@ def told(explanation: Explanation) -> Record:
 
 def public_name(name: str) -> str:
     """Return a name that can be published: of paths on this machine, alone or mixed, the last parts, others as they are."""
-    each = [name] if Path(name).exists() else mixture(name)[0]
-    return ", ".join(Path(n).name if Path(n).is_absolute() or Path(n).exists() else n for n in each)
+    return ", ".join(Path(n).name if Path(n).is_absolute() or Path(n).exists() else n for n in mixture(name)[0])
 
 
 def short_name(manifest: Manifest) -> str:

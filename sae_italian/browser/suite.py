@@ -7,6 +7,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.labels import label
@@ -14,7 +15,7 @@ from sae_italian.base.report import svg, table
 from sae_italian.base.storage import LOCK_FILE, locked, read_json, understood, write_json, write_text
 from sae_italian.browser.graph import report_beside
 from sae_italian.browser.opening import loaded_sae, open_pages
-from sae_italian.browser.page import static_text, style
+from sae_italian.browser.page import static_text, style, template
 from sae_italian.browser.source import RESULTS
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.layout import Manifest
@@ -24,6 +25,48 @@ from sae_italian.saes import model_of
 CARD, OVERVIEW = "card.json", "overview.json"
 PER_SAE = 5  # latents of a sentence that are shown of each SAE
 Row = dict[str, Any]
+
+# in both languages; the better a cell the stronger its tint
+_TABLES = template("""\
+{% macro name(own, place, shown) %}
+{% if links[own.cache] %}<a href="{{ links[own.cache] }}{{ place }}">{{ shown }}</a>{% else %}{{ shown }}{% endif %}
+{% endmacro %}
+{% macro both(key) %}{{ label(key, "it") }}<small lang="en">{{ label(key, "en") }}</small>{% endmacro %}
+<section class="panel scroll" tabindex="0" role="region" aria-label="Suite"><table class="overview"><thead><tr>
+<th scope="col">SAE</th><th scope="col" class="num">Strato<small lang="en">Layer</small></th>
+<th scope="col">Sito<small lang="en">Site</small></th>
+<th scope="col" class="num">Latenti<small lang="en">Latents</small></th>
+{% for number in numbers %}
+<th scope="col" class="num">{{ both("suite." ~ number.key) }}</th>
+{% endfor %}
+</tr></thead><tbody>
+{% for row, cells in rows %}
+<tr><th scope="row">{{ name(row, "", row.name) }}</th><td class="num">{{ row.layer }}</td>
+<td>{{ row.site }}</td><td class="num">{{ row.d_sae }}</td>
+{% for number, tint in cells %}
+{% set own = row[number.key] %}
+<td class="num{{ " muted" if own.value is none }}{{ " tint" if tint == tint }}"
+{%- if tint == tint %} style="--good: {{ "%.2f" % tint }}"{% endif %}>
+{{- number.text(own.value) }}
+{%- if own.lo is not none and own.hi is not none %}
+<small>[{{ number.text(own.lo) }}, {{ number.text(own.hi) }}]</small>
+{%- endif %}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></section>
+{% if found %}
+<section class="panel scroll"><table class="overview">
+<caption><b>«{{ sentence }}»</b> {{ label("suite.sentence", "it") }}
+<span lang="en">{{ label("suite.sentence", "en") }}</span></caption>
+{% for own in found %}
+<tr><th scope="row">{{ own.name }}</th><td>{{ name(own, "#latent=" ~ own.latent, own.latent) }}</td>
+<td class="num">{{ "{:.0%}".format(own.share) }}</td><td>«{{ own.token }}»</td>
+<td>{{ own.title_it }}<small lang="en">{{ own.title_en }}</small></td></tr>
+{% endfor %}
+</table></section>
+{% endif %}
+""")
 
 
 class Number(NamedTuple):
@@ -37,14 +80,6 @@ class Number(NamedTuple):
 
     def text(self, value: float | None) -> str:
         return "–" if value is None else f"{self.scale * value:.{self.digits}f}"
-
-    def tints(self, rows: Sequence[Row]) -> list[float]:
-        """Return how good each row is, 0 the worst of the suite and 1 the best; NaN where nothing was measured."""
-        values = np.array([row[self.key]["value"] for row in rows], dtype=float) * self.good
-        if not self.good or np.isnan(values).all():
-            return [np.nan] * len(rows)
-        lo, hi = np.nanmin(values), np.nanmax(values)
-        return ((values - lo) / (hi - lo if hi > lo else np.nan)).tolist()
 
 
 NUMBERS = (
@@ -126,85 +161,59 @@ def write_overview(rows: list[Row], out: Path, title: str, found: Sequence[Row] 
             raise UsageError(f"{out} holds something else than an overview. Give a new or an empty folder.")
         write_json(out / OVERVIEW, {"title": title, "rows": rows, "sentence": sentence, "latents": list(found)})
         write_text(out / "overview.svg", picture(rows))
-        write_text(out / "index.html", overview_page(rows, title, out, _found_table(found, sentence, out)))
+        write_text(out / "index.html", overview_page(rows, title, out, found, sentence))
     return out / "index.html"
 
 
-def overview_page(rows: list[Row], title: str, out: Path, found: str) -> str:
-    """Return the page: a table without a script, in both languages, the better the cell the stronger its tint.
-
-    `found` is the table of a sentence's latents, HTML.
-    """
-    heads = [(label(f"suite.{n.key}", "it"), label(f"suite.{n.key}", "en")) for n in NUMBERS]
-    body = []
-    for row, tints in zip(rows, zip(*(number.tints(rows) for number in NUMBERS), strict=True), strict=True):
-        cells = "".join(_cell(row[n.key], n, tint) for n, tint in zip(NUMBERS, tints, strict=True))
-        body.append(
-            f'<tr><th scope="row">{_linked(row, out)}</th><td class="num">{row["layer"]}</td>'
-            f'<td>{escape(row["site"])}</td><td class="num">{row["d_sae"]}</td>{cells}</tr>'
-        )
-    return Template(static_text("suite.html")).substitute(
-        title=escape(title),
-        style=style(),
-        n=len(rows),
-        head="".join(f'<th scope="col" class="num">{it}<small lang="en">{en}</small></th>' for it, en in heads),
-        body="\n".join(body),
+def overview_page(rows: list[Row], title: str, out: Path, found: Sequence[Row] = (), sentence: str = "") -> str:
+    """Return the page: tables without a script, of the suite and of the latents that were `found` for a sentence."""
+    good = _values(rows)[[number.key for number in NUMBERS]] * [number.good for number in NUMBERS]
+    best, worst = good.max(), good.min()
+    tints = ((good - worst) / (best - worst).where(best > worst)).to_numpy()
+    tables = _TABLES.render(
+        rows=[(row, [*zip(NUMBERS, own, strict=True)]) for row, own in zip(rows, tints, strict=True)],
+        numbers=NUMBERS,
         found=found,
+        sentence=sentence,
+        links={row["cache"]: report_beside(Path(row["cache"]), out) for row in rows if row["cache"]},
+        label=label,
+    )
+    return Template(static_text("suite.html")).substitute(
+        title=escape(title), style=style(), n=len(rows), tables=tables
     )
 
 
-def _found_table(found: Sequence[Row], sentence: str, out: Path) -> str:
-    lines = [
-        f'<tr><th scope="row">{escape(own["name"])}</th><td>{_linked(own, out, own["latent"])}</td>'
-        f'<td class="num">{own["share"]:.0%}</td><td>«{escape(own["token"])}»</td>'
-        f'<td>{escape(own["title_it"])}<small lang="en">{escape(own["title_en"])}</small></td></tr>'
-        for own in found
-    ]
-    head = f"<caption><b>«{escape(sentence)}»</b> {label('suite.sentence', 'it')} "
-    head += f'<span lang="en">{label("suite.sentence", "en")}</span></caption>'
-    return f'<section class="panel scroll"><table class="overview">{head}{"".join(lines)}</table></section>' * bool(
-        found
+def _values(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return place and numbers of each SAE, a column each; NaN where nothing was measured."""
+    keys = [number.key for number in NUMBERS]
+    places = [{name: row[name] for name in ("site", "d_sae", "layer")} for row in rows]
+    return pd.DataFrame(places).join(
+        pd.DataFrame([{key: row[key]["value"] for key in keys} for row in rows], dtype=float)
     )
-
-
-def _cell(estimate: dict[str, Any], number: Number, tint: float) -> str:
-    value, lo, hi = (number.text(estimate[end]) for end in ("value", "lo", "hi"))
-    interval = "" if "–" in (lo, hi) else f"<small>[{lo}, {hi}]</small>"
-    if np.isnan(tint):
-        return f'<td class="num{" muted" if estimate["value"] is None else ""}">{value}{interval}</td>'
-    return f'<td class="num tint" style="--good: {tint:.2f}">{value}{interval}</td>'
-
-
-def _linked(row: Row, out: Path, latent: int | None = None) -> str:
-    """Return the SAE's name, or a latent's number, linked to the browser of its cache where that was written beside it."""
-    name, place = (escape(row["name"]), "") if latent is None else (str(latent), f"#latent={latent}")
-    address = row["cache"] and report_beside(Path(row["cache"]), out)
-    return f'<a href="{escape(address)}{place}">{name}</a>' if address else name
 
 
 def picture(rows: list[Row]) -> str:
     """Return one panel per number that was measured: layers across, sites and widths down, as SVG."""
-    shown = [number for number in NUMBERS if any(row[number.key]["value"] is not None for row in rows)]
-    layers = sorted({row["layer"] for row in rows})
-    kinds = sorted({(row["site"], row["d_sae"]) for row in rows})
+    grids = _values(rows).groupby(["site", "d_sae", "layer"]).last()
+    shown = [number for number, known in zip(NUMBERS, grids.notna().any(), strict=True) if known]
 
     def draw(axes: Any) -> None:
         for axis, number in zip(axes, shown, strict=True):
-            grid = np.full((len(kinds), len(layers)), np.nan)
-            for row in rows:
-                value, place = row[number.key]["value"], kinds.index((row["site"], row["d_sae"]))
-                if value is not None:
-                    grid[place, layers.index(row["layer"])] = number.scale * value
-                    where = layers.index(row["layer"]), place
-                    axis.text(*where, number.text(value), ha="center", va="center", fontsize=8, color="black")
+            grid = pd.DataFrame(grids[number.key].unstack())
+            for (down, across), value in np.ndenumerate(grid.to_numpy()):
+                if not np.isnan(value):
+                    axis.text(across, down, number.text(value), ha="center", va="center", fontsize=8, color="black")
             axis.set_facecolor("#fefefe")  # no house colour: the cells stay light in the dark
-            axis.imshow(grid, aspect="auto", alpha=0.6, cmap="YlGn" if number.good >= 0 else "YlOrBr")
+            axis.imshow(number.scale * grid, aspect="auto", alpha=0.6, cmap="YlGn" if number.good >= 0 else "YlOrBr")
             axis.set_title(label(f"suite.{number.key}"), fontsize=9)
-            axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-            axis.set_yticks(range(len(kinds)), [f"{site} {width}" for site, width in kinds] if axis is axes[0] else [])
+            axis.set_xticks(range(grid.shape[1]), map(str, grid.columns))
+            axis.set_yticks(
+                range(len(grid)), [f"{site} {width}" for site, width in grid.index] if axis is axes[0] else []
+            )
             axis.set_xlabel("layer")
 
-    return svg(draw, max(1, len(shown)), (2.2 * max(1, len(shown)) + 1, 1.2 + 0.45 * len(kinds)))
+    n_kinds = len(grids.groupby(["site", "d_sae"]))
+    return svg(draw, max(1, len(shown)), (2.2 * max(1, len(shown)) + 1, 1.2 + 0.45 * n_kinds))
 
 
 def overview_text(rows: list[Row], found: Sequence[Row] = ()) -> str:

@@ -6,24 +6,22 @@ show("quickstart/cache", latent=12)
 
 import json
 from functools import cache
-from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup, escape
 
 from sae_italian.autointerp.llm import LLMSettings
 from sae_italian.base.errors import UsageError
 from sae_italian.browser.live import in_both
 from sae_italian.browser.opening import PageAnswers, open_pages
-from sae_italian.browser.page import Record, module, notebook_style
+from sae_italian.browser.page import Record, module, notebook_style, template
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 
 N_ROWS, N_CONTEXTS, MAX_LETTERS = 50, 8, 400
 STRONG = 0.5  # share of the latent's maximum from which a token is marked in a terminal
-_BOX = "font:14px/1.5 system-ui,sans-serif;max-width:60rem"
-_CELL = "text-align:left;vertical-align:top;padding:2px 14px 2px 0"
-_BIDI = "unicode-bidi:isolate;overflow-wrap:anywhere;white-space:pre-wrap"
 
 
 def show(
@@ -132,43 +130,6 @@ def card_text(row: Record, card: Record, *, contexts: int = 4) -> str:
     return "\n".join(lines)
 
 
-def list_html(run: Record, columns: dict[str, list[Any]]) -> str:
-    """Return the latents with the best scores (the densest where there are none) as a table."""
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    rows.sort(key=lambda row: (-(row["detection"] or 0.0), -row["n_active"], row["latent"]))
-    cells = [
-        (
-            _text(str(row["latent"])),
-            _text(row["explanation_it"] or row["status"]),
-            _number(row["detection"]),
-            f"{100 * row['density']:.2g} %",
-            _text(" ".join(f"«{token.strip()}»" for token in row["top_tokens"])),
-        )
-        for row in rows[:N_ROWS]
-    ]
-    facts = f"{run['d_sae']:,} latenti, {run['n_tokens']:,} token di {_text(run['corpus'])}"
-    table = _table(cells, ("latente", "spiegazione", "detection", "densità", "token"))
-    return _box(f"<h3>{_text(run['title'])}</h3><p>{facts}</p>", table)
-
-
-def card_html(row: Record, card: Record) -> str:
-    """Return one latent: explanations, scores, what it promotes, its strongest passages."""
-    parts = [f"<h3>Latente {row['latent']}</h3>"]
-    parts.append(f"<p>{_text(row['explanation_it'] or row['status'] or 'morto: mai attivo in questa cache')}</p>")
-    if row["explanation_en"]:
-        parts.append(f'<p lang="en"><i>{_text(row["explanation_en"])}</i></p>')
-    parts.append(
-        f"<p>densità {100 * row['density']:.2g} % · massimo {row['max']:.3g} · {row['n_active']:,} token · "
-        f"detection {_number(row['detection'])} · guadagno sul solo token {_number(row['gain'])}</p>"
-    )
-    for name, items in (("Promuove", card["promoted"]), ("Sopprime", card["suppressed"])):
-        if items:
-            parts.append(f"<p>{name}: {', '.join(_text(item['token'].strip()) for item in items[:8])}</p>")
-    contexts = _passages(card)[:N_CONTEXTS]
-    rows = [(f"{context['max']:.2f}", _marked(context["segments"], row["max"])) for context in contexts]
-    return _box(*parts, _table(rows) if rows else "")
-
-
 def _passages(card: Record) -> list[Record]:
     return [context for group in card["groups"] for context in group["contexts"]]
 
@@ -178,27 +139,8 @@ def _strong(piece: str, value: float, largest: float) -> str:
     return piece.replace(word, f"**{word}**", 1) if word and value >= STRONG * largest else piece
 
 
-def _box(*parts: str) -> str:
-    return f'<div style="{_BOX}">{"".join(parts)}</div>'
-
-
-def _table(rows: list[tuple[str, ...]], heads: tuple[str, ...] = ()) -> str:
-    """Return a table of cells that are HTML already."""
-
-    def line(cells: tuple[str, ...], kind: str) -> str:
-        return "<tr>" + "".join(f'<{kind} style="{_CELL}">{cell}</{kind}>' for cell in cells) + "</tr>"
-
-    head = f"<thead>{line(heads, 'th')}</thead>" if heads else ""
-    return f"<table>{head}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
-
-
-def _text(text: str) -> str:
-    """Return a text as HTML that stays one: escaped, its direction isolated, cut where it is endless."""
-    return _marked([(text, 0.0)], 0.0)
-
-
-def _marked(segments: list[tuple[str, float]], largest: float) -> str:
-    """Return a passage as HTML, the stronger a piece the darker; escaped and cut as any text.
+def _marked(segments: list[tuple[str, float]], largest: float) -> Markup:
+    """Return a passage as HTML, the stronger a piece the darker; its direction isolated, cut where it is endless.
 
     Control characters become their pictures (U+2400), half surrogates a question mark.
     """
@@ -210,10 +152,67 @@ def _marked(segments: list[tuple[str, float]], largest: float) -> str:
         length += len(text)
         if activation > 0 and part:
             tint = f"background:rgba(11,107,80,{0.15 + 0.45 * activation / largest:.2f})"
-            part = f'<mark title="{activation:.3g}" style="{tint};color:inherit">{part}</mark>'
+            part = Markup('<mark title="{:.3g}" style="{};color:inherit">{}</mark>').format(activation, tint, part)
         parts.append(part)
-    return f'<bdi style="{_BIDI}">{"".join(parts)}{"…" if length > MAX_LETTERS else ""}</bdi>'
+    style = "unicode-bidi:isolate;overflow-wrap:anywhere;white-space:pre-wrap"
+    return Markup('<bdi style="{}">{}{}</bdi>').format(style, Markup().join(parts), "…" * (length > MAX_LETTERS))
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+# a notebook that is only read has no style sheet of ours
+_USED = {
+    "box": "font:14px/1.5 system-ui,sans-serif;max-width:60rem",
+    "cell": "text-align:left;vertical-align:top;padding:2px 14px 2px 0",
+    "marked": _marked,
+    "text": lambda text: _marked([(text, 0.0)], 0.0),
+    "number": lambda value: "–" if value is None else f"{value:.2f}",
+}
+_LIST = template(
+    """<div style="{{ box }}"><h3>{{ text(run.title) }}</h3>
+<p>{{ "{:,}".format(run.d_sae) }} latenti, {{ "{:,}".format(run.n_tokens) }} token di {{ text(run.corpus) }}</p>
+<table><thead><tr>
+{% for head in ("latente", "spiegazione", "detection", "densità", "token") %}
+<th style="{{ cell }}">{{ head }}</th>
+{% endfor %}
+</tr></thead><tbody>
+{% for row in rows %}
+<tr><td style="{{ cell }}">{{ row.latent }}</td>
+<td style="{{ cell }}">{{ text(row.explanation_it or row.status) }}</td>
+<td style="{{ cell }}">{{ number(row.detection) }}</td>
+<td style="{{ cell }}">{{ "%.2g" % (100 * row.density) }} %</td>
+<td style="{{ cell }}">{{ text("«" ~ row.top_tokens | map("trim") | join("» «") ~ "»") if row.top_tokens }}</td></tr>
+{% endfor %}
+</tbody></table></div>""",
+    _USED,
+)
+_CARD = template(
+    """<div style="{{ box }}"><h3>Latente {{ row.latent }}</h3>
+<p>{{ text(row.explanation_it or row.status or "morto: mai attivo in questa cache") }}</p>
+{% if row.explanation_en %}
+<p lang="en"><i>{{ text(row.explanation_en) }}</i></p>
+{% endif %}
+<p>densità {{ "%.2g" % (100 * row.density) }} % · massimo {{ "%.3g" % row.max }} ·
+{{ "{:,}".format(row.n_active) }} token · detection {{ number(row.detection) }} ·
+guadagno sul solo token {{ number(row.gain) }}</p>
+{% for name, tokens in (("Promuove", card.promoted), ("Sopprime", card.suppressed)) if tokens %}
+<p>{{ name }}: {% for item in tokens[:8] %}{{ text(item.token.strip()) }}{{ ", " if not loop.last }}{% endfor %}</p>
+{% endfor %}
+<table><tbody>
+{% for context in contexts %}
+<tr><td style="{{ cell }}">{{ "%.2f" % context.max }}</td>
+<td style="{{ cell }}">{{ marked(context.segments, row.max) }}</td></tr>
+{% endfor %}
+</tbody></table></div>""",
+    _USED,
+)
+
+
+def list_html(run: Record, columns: dict[str, list[Any]]) -> str:
+    """Return the latents with the best scores (the densest where there are none) as a table."""
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows.sort(key=lambda row: (-(row["detection"] or 0.0), -row["n_active"], row["latent"]))
+    return _LIST.render(run=run, rows=rows[:N_ROWS])
+
+
+def card_html(row: Record, card: Record) -> str:
+    """Return one latent: explanations, scores, what it promotes, its strongest passages."""
+    return _CARD.render(row=row, card=card, contexts=_passages(card)[:N_CONTEXTS])
