@@ -162,13 +162,19 @@ def split_text(text: str, spans: Int[np.ndarray, "tokens 2"], values: np.ndarray
     Where tokens share characters (a letter of several bytes), the piece has the largest of their activations. Tokens
     that are not given are silent, and what is silent is one piece up to the next token that is not.
     """
-    edges = np.unique([0, len(text), *spans.ravel().tolist()])
-    strength = np.zeros(len(edges) - 1)
-    for (first, last), value in zip(np.searchsorted(edges, spans).tolist(), values.tolist(), strict=True):
-        strength[first:last] = np.maximum(strength[first:last], value)
-    begins = np.append(True, strength[:-1] > 0)[: len(strength)] | (strength > 0)
-    borders = [*edges[:-1][begins].tolist(), len(text)]
-    return [(text[a:b], value) for (a, b), value in zip(pairwise(borders), strength[begins].tolist(), strict=True)]
+    edges = sorted({0, len(text), *spans.ravel().tolist()})
+    place = {edge: index for index, edge in enumerate(edges)}
+    strength = [0.0] * len(edges)
+    for (start, stop), value in zip(spans.tolist(), values.tolist(), strict=True):
+        for index in range(place[start], place[stop]):
+            strength[index] = max(strength[index], value)
+    pieces: list[tuple[str, float]] = []
+    for (start, stop), value in zip(pairwise(edges), strength, strict=False):
+        if pieces and value == 0.0 == pieces[-1][1]:
+            pieces[-1] = (pieces[-1][0] + text[start:stop], 0.0)
+        else:
+            pieces.append((text[start:stop], value))
+    return pieces
 
 
 def pieces(
