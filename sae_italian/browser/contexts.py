@@ -27,8 +27,9 @@ _BEGINS = re.compile(rf"(?:{_STOP}{_MARK}*(?=\s+{_NEXT})|(?=\n))(\s+)")  # and e
 _ENDS, _SPACE = re.compile(rf"{_STOP}{_MARK}*(?=\s+{_NEXT}|\Z)|(?=\n)"), re.compile(r"\s+")
 _UNSTORABLE = re.compile("[\ud800-\udfff]")
 _TENTHS = [
-    *(("Primo", "First"), ("Secondo", "Second"), ("Terzo", "Third"), ("Quarto", "Fourth"), ("Quinto", "Fifth")),
-    *(("Sesto", "Sixth"), ("Settimo", "Seventh"), ("Ottavo", "Eighth"), ("Nono", "Ninth"), ("Ultimo", "Last")),
+    *(("Primo", "First"), ("Secondo", "Second"), ("Terzo", "Third"), ("Quarto", "Fourth")),
+    *(("Quinto", "Fifth"), ("Sesto", "Sixth"), ("Settimo", "Seventh"), ("Ottavo", "Eighth")),
+    *(("Nono", "Ninth"), ("Ultimo", "Last")),
 ]
 GROUPS = [("Più forti", "Strongest"), *((f"{it} decimo", f"{en} tenth") for it, en in _TENTHS)]
 

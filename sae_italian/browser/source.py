@@ -64,7 +64,7 @@ class LatentSource:
         self.store_path = cache.folder / STORE_FILE
         self.strings = piece_texts(tokenizer, len(tokenizer))
         self.decoder = None if sae is None else Decoder(sae, model)
-        self.model = None if sae is None else model
+        self.model: Any = None if sae is None else model
         self._document = lru_cache(8192)(cache.document)
         self._samples: dict[int, str] = {}
         self.seeds = read_seeds(Path(cache.manifest.sae)) or {}

@@ -158,7 +158,7 @@ FORMS = {
     "circuit-tracer": Form(
         "features/{release}",
         {},
-        {"{}.json": ("circuit_feature", lambda latents, batch: [circuit_feature(latents, latent) for latent in batch])},
+        {"{}.json": ("circuit_feature", lambda latents, batch: [circuit_feature(latents, i) for i in batch])},
         size=1,
         number=lambda facts, batch, first: cantor(facts["layer"], first),
     ),

@@ -15,18 +15,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import yaml
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from scipy.sparse import csc_matrix, csr_matrix
 
 from sae_italian.autointerp.examples import RULE
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.storage import fingerprint
 from sae_italian.browser.contexts import pieces, storable
-from sae_italian.browser.directions import NONE, Correlations, bars, rounded
+from sae_italian.browser.directions import rounded
 from sae_italian.browser.source import LatentSource, public_name
 from sae_italian.cache import LatentActivations, Manifest
+from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.models import parse_hook_name
+from sae_italian.models.activations import read_activations
 from sae_italian.models.catalogue import config_facts
 
 Facts = dict[str, Any]
@@ -37,6 +41,13 @@ _SITES = {"R": "res", "A": "att", "M": "mlp", "TC": "transcoder", None: "pre"}
 _NAMESPACE = uuid.UUID("5d0f6d0e-6a53-5c1b-9a1e-0b9f3f6f5a11")
 BEFORE, AFTER = 31, 32  # tokens shown on either side of the strongest one
 N_TOP, N_INTERVALS, N_PER_INTERVAL = 20, 5, 5  # as SAEDashboard draws for Neuronpedia
+N_BARS, N_TABLE = 50, 3  # of a histogram; of each kind of neighbours
+SAMPLE_TOKENS = 32_768
+SAMPLE_FLOATS = 2**26  # of the model's activations held in memory
+FORWARD_WINDOWS = 16
+Neighbours = tuple[Any, Any, Any]
+"""Those of Neuronpedia: their ids, what it calls L1, and its second number; the nearest first."""
+NONE: Neighbours = [], [], []
 
 
 def names_of(
@@ -98,11 +109,16 @@ class Latents:
 
     def __init__(self, source: LatentSource, facts: Facts | None = None):
         self.source, self.cache, self.stats, self.facts = source, source.cache, source.stats, facts or {}
-        self.correlations = Correlations(source.cache, source.model)
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """What densities are shares of: the tokens of documents, not the special ones."""
+        count, density = self.stats["count"], self.stats["density"]
+        most = int(np.argmax(count))
+        return round(float(count[most]) / float(density[most])) if count[most] else self.cache.n_positions
 
     def record(self, latent: int) -> Facts:
         """Return names, tables, logits and histograms of a latent; what needs an SAE or a model is empty without them."""
-        decoder, correlations = self.source.decoder, self.correlations
         found: Facts = {
             **self.facts,
             "latent": latent,
@@ -114,15 +130,71 @@ class Latents:
             **self.logits(latent),
         }
         for name, other, table in (
-            ("neuron_alignment", "values", decoder.alignment(latent) if decoder else NONE),
-            ("correlated_neurons", "pearson", correlations.neurons(latent)),
-            ("correlated_features", "pearson", correlations.latents(latent)),
+            ("neuron_alignment", "values", self._dimensions(latent)),
+            ("correlated_neurons", "pearson", self._neurons(latent)),
+            ("correlated_features", "pearson", self._latents(latent)),
         ):
-            found |= zip((f"{name}_indices", f"{name}_l1", f"{name}_{other}"), map(rounded, table), strict=True)
-        logits = decoder.logits(latent).numpy() if decoder else np.empty(0)
+            columns = f"{name}_indices", f"{name}_l1", f"{name}_{other}"
+            found |= zip(columns, map(rounded, table), strict=True)
+        logits = self.source.decoder.logits(latent).numpy() if self.source.decoder else np.empty(0)
         for name, values in (("freq", self.cache.latent(latent).value), ("logits", logits)):
             found[f"{name}_hist_data_bar_values"], found[f"{name}_hist_data_bar_heights"] = bars(values)
         return found
+
+    def _dimensions(self, latent: int) -> Neighbours:
+        """Return the dimensions with the largest decoder weights: the weight's share of the L1 norm, and the weight."""
+        if self.source.decoder is None:
+            return NONE
+        direction = self.source.decoder.directions[latent]
+        value, index = direction.topk(min(N_TABLE, len(direction)))
+        return index.numpy(), (value / direction.abs().sum()).numpy(), value.numpy()
+
+    def _latents(self, latent: int) -> Neighbours:
+        """Return the latents that go with this one, with cosine and Pearson over the whole cache.
+
+        Candidates are the latents that fire on most of the same tokens, of all latents: not those of one batch.
+        """
+        position, value = self.cache.latent(latent)
+        others, products = self.stats["cofiring_ids"][latent], []
+        for other in others.tolist():
+            their_position, theirs = self.cache.latent(other)
+            _, mine, same = np.intersect1d(position, their_position, assume_unique=True, return_indices=True)
+            theirs = theirs.astype(np.float64)
+            products.append((value[mine].astype(np.float64) @ theirs[same], theirs.sum(), theirs @ theirs))
+        cross, sums, squares = np.array(products).reshape(-1, 3).T
+        return _alike(value, cross, sums, squares, self.n_tokens, others)
+
+    def _neurons(self, latent: int) -> Neighbours:
+        """Return the dimensions of the model's activation that go with the latent, with cosine and Pearson.
+
+        There are none without the model, nor for a latent that is silent on the sample.
+        """
+        if self.source.model is None:
+            return NONE
+        x, sums, squares, acts = self._sample
+        column = acts[:, latent]
+        if column.nnz == 0:
+            return NONE
+        cross = column.data.astype(np.float64) @ x[column.indices]
+        return _alike(column.data, cross, sums, squares, len(x), np.arange(x.shape[1]))
+
+    @cached_property
+    def _sample(self) -> tuple[Float[np.ndarray, "n d_in"], np.ndarray, np.ndarray, csc_matrix]:
+        """The model's activations on the cache's first windows, their sums and the cache's latents there."""
+        manifest, model = self.cache.manifest, self.source.model
+        most = min(SAMPLE_TOKENS, SAMPLE_FLOATS // manifest.d_in) // manifest.context_size
+        n_windows = max(1, min(most, manifest.shards[0].n_windows))
+        n = n_windows * manifest.context_size
+        arrays, acts = self.cache.shard_tokens(0), self.cache.shard_acts(0)
+        tokens = torch.from_numpy(arrays["tokens"][:n].astype(np.int64)).to(model.device).reshape(n_windows, -1)
+        counted = arrays["doc"][:n] != NO_DOCUMENT
+        parts = [read_activations(model, part, manifest.hook_name) for part in tokens.split(FORWARD_WINDOWS)]
+        x = torch.cat(parts).flatten(0, 1).float().cpu().numpy()[counted]
+        indptr = acts["indptr"][: n + 1].astype(np.int64)
+        here = slice(0, int(indptr[-1]))
+        values = acts["value"][here].astype(np.float32), acts["latent"][here].astype(np.int32), indptr
+        latents = csr_matrix(values, shape=(n, manifest.d_sae))[counted].tocsc()
+        return x, x.sum(axis=0, dtype=np.float64), np.einsum("ij,ij->j", x, x).astype(np.float64), latents
 
     @cached_property
     def detection(self) -> dict[str, dict[int, float]]:
@@ -165,7 +237,7 @@ class Latents:
         for lo, hi in zip(edges[-2::-1], edges[:0:-1], strict=True):
             inside = position[(value > lo) & (value <= hi)]
             drawn = rng.permutation(inside)[: 4 * N_PER_INTERVAL]
-            share = rounded(len(inside) / self.correlations.n_tokens, digits)
+            share = rounded(len(inside) / self.n_tokens, digits)
             bounds = {"lo": rounded(lo, digits), "hi": rounded(hi, digits), "share": share}
             for passage in islice(self._new(activations, drawn, seen), N_PER_INTERVAL):
                 yield passage | bounds
@@ -197,6 +269,31 @@ class Latents:
                     "maxValueTokenIndex": strongest,
                     "minValue": min(values),
                 }
+
+
+def bars(values: np.ndarray) -> tuple[list[float], list[float]]:
+    """Return centres and heights of 50 equal bars over the values' range; none when there are no values."""
+    if len(values) == 0:
+        return [], []
+    heights, edges = np.histogram(values.astype(np.float64), bins=N_BARS)
+    return rounded((edges[:-1] + edges[1:]) / 2), rounded(heights.astype(np.float64))
+
+
+def _alike(
+    value: np.ndarray, cross: np.ndarray, sums: np.ndarray, squares: np.ndarray, n: int, ids: np.ndarray
+) -> Neighbours:
+    """Return ids, cosines and Pearson correlations of what goes best with a latent of these activations over n tokens.
+
+    Of each candidate are given the sum of its products with the latent, of its values and of their squares; where a
+    correlation is not defined it is 0.
+    """
+    value = value.astype(np.float64)
+    total, square = value.sum(), value @ value
+    length, spread = square * squares, (square - total**2 / n) * (squares - sums**2 / n)
+    cosine = cross / np.sqrt(np.where(length > 0, length, np.inf))
+    pearson = (cross - total * sums / n) / np.sqrt(np.where(spread > 0, spread, np.inf))
+    best = np.lexsort((ids, -pearson))[:N_TABLE]
+    return ids[best], cosine[best], pearson[best]
 
 
 # --- the table of fields ----------------------------------------------------------------------------------------------
