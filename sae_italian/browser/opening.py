@@ -13,6 +13,7 @@ near                     latents that are about what a sentence says, where ther
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,17 +184,12 @@ def loaded(cache: FeatureCache, name: str | None = None, model: str | None = Non
     An SAE that is named has to be at hand; `model` is another name of the cache's model, such as a folder it was moved
     to. Raises: UsageError when the SAE that is named is not the one the cache was built with.
     """
-    sae = loaded_sae(cache, name)
-    try:
-        if sae is None:
-            return {}
-        subject = model_of(sae, model or cache.manifest.model)
-        check_fits(sae, subject)
-        return {"sae": sae, "model": subject}
-    except (SaeItalianError, OSError):
-        if name is not None:
-            raise
-        return {}
+    if (sae := loaded_sae(cache, name)) is not None:
+        with _unless_named(name):
+            subject = model_of(sae, model or cache.manifest.model)
+            check_fits(sae, subject)
+            return {"sae": sae, "model": subject}
+    return {}
 
 
 def loaded_sae(cache: FeatureCache, name: str | None = None) -> Any:
@@ -203,14 +199,16 @@ def loaded_sae(cache: FeatureCache, name: str | None = None) -> Any:
     Raises: UsageError when the SAE that is named is not the one the cache was built with.
     """
     for place in [name] if name else (cache.manifest.sae, str(cache.folder.resolve().parent / "sae")):
-        try:
+        with _unless_named(name):
             sae = load_sae(place)
             FeatureCache.open(cache.folder, sae=sae)
             return sae
-        except (SaeItalianError, OSError):
-            if name:
-                raise
     return None
+
+
+def _unless_named(name: str | None) -> suppress:
+    """Go on where an SAE or its model is not at hand, unless somebody has named the SAE."""
+    return suppress(*(() if name else (SaeItalianError, OSError)))
 
 
 def beside(source: LatentSource, other: LatentSource) -> Other:

@@ -110,10 +110,6 @@ class Column(NamedTuple):
     """Whether the list can be narrowed to a range of it."""
 
 
-def _score(scorer: str, end: str) -> Callable[[LatentSource, int], float | None]:
-    return lambda source, latent: source.score(EXPLAINER, scorer, latent, end)
-
-
 def _gain(source: LatentSource, latent: int) -> float | None:
     own, lookup = (source.score(explainer, "detection", latent) for explainer in (EXPLAINER, LOOKUP))
     return None if own is None or lookup is None else own - lookup
@@ -137,18 +133,18 @@ COLUMNS: dict[str, Column] = {
     # the rule's, which the scores are of; an LLM's, empty without one
     "title_it": Column(lambda s, i: s.explained(EXPLAINER, i).title("it")),  # empty in an older store
     "title_en": Column(lambda s, i: s.explained(EXPLAINER, i).title("en")),
-    "title_detection": Column(_score(TITLE, "value")),  # the title's own score, as `detection`
-    "whole_detection": Column(_score(WHOLE, "value")),  # of the rule as it was fitted
+    "title_detection": Column(lambda s, i: s.score(EXPLAINER, TITLE, i)),  # its own score, as `detection`
+    "whole_detection": Column(lambda s, i: s.score(EXPLAINER, WHOLE, i)),  # of the rule as it was fitted
     "explanation_it": Column(lambda s, i: s.explained(EXPLAINER, i).text_it),
     "explanation_en": Column(lambda s, i: s.explained(EXPLAINER, i).text_en),
     "llm_it": Column(lambda s, i: getattr(s.llm_explanation(i), "text_it", "")),
     "llm_en": Column(lambda s, i: getattr(s.llm_explanation(i), "text_en", "")),
     "kind": Column(_kind),  # token, previous, bigram, context, ...; empty when unexplained
     # balanced accuracy, 0 to 1, chance 0.5, and its 95 % interval
-    "detection": Column(_score("detection", "value"), "score", range=True),
-    "detection_lo": Column(_score("detection", "lo")),
-    "detection_hi": Column(_score("detection", "hi")),
-    "fuzzing": Column(_score("fuzzing", "value"), "fixed"),
+    "detection": Column(lambda s, i: s.score(EXPLAINER, "detection", i), "score", range=True),
+    "detection_lo": Column(lambda s, i: s.score(EXPLAINER, "detection", i, "lo")),
+    "detection_hi": Column(lambda s, i: s.score(EXPLAINER, "detection", i, "hi")),
+    "fuzzing": Column(lambda s, i: s.score(EXPLAINER, "fuzzing", i), "fixed"),
     # detection minus that of the token lookup, -1 to 1
     "gain": Column(_gain, "signed", range=True),
     "top_tokens": Column(lambda s, i: [s.strings[t] for t in s.stats["token_ids"][i][:TOKENS_SHOWN]]),
@@ -157,7 +153,8 @@ COLUMNS: dict[str, Column] = {
     "dead": Column(lambda s, i: not s.stats["count"][i]),
     "x": Column(lambda s, i: s.place(i, 0)),  # on the map; None without the decoder
     "y": Column(lambda s, i: s.place(i, 1)),
-    "status": Column(lambda s, i: s.explained(EXPLAINER, i).status.removeprefix("ok")),  # why there is no explanation
+    # why there is no explanation
+    "status": Column(lambda s, i: s.explained(EXPLAINER, i).status.removeprefix("ok")),
 }
 
 

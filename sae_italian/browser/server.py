@@ -68,7 +68,8 @@ class Server(BaseHTTPMiddleware):
 
     def __init__(self, answers: PageAnswers):
         self.answers, self.token = answers, secrets.token_urlsafe(16)
-        self.reader, self.worker = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("reader", "live"))
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="live")
         sources = [answers.source, *([answers.other.source] if answers.other else [])]
         files = [source.cache.folder / MANIFEST for source in sources]
         self.manifests = [(file, file.read_bytes()) for file in files]

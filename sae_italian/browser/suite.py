@@ -29,10 +29,12 @@ Row = dict[str, Any]
 # in both languages; the better a cell the stronger its tint
 _TABLES = template("""\
 {% macro name(own, place, shown) %}
-{% if links[own.cache] %}<a href="{{ links[own.cache] }}{{ place }}">{{ shown }}</a>{% else %}{{ shown }}{% endif %}
+{% set address = links[own.cache] %}
+{% if address %}<a href="{{ address }}{{ place }}">{{ shown }}</a>{% else %}{{ shown }}{% endif %}
 {% endmacro %}
 {% macro both(key) %}{{ label(key, "it") }}<small lang="en">{{ label(key, "en") }}</small>{% endmacro %}
-<section class="panel scroll" tabindex="0" role="region" aria-label="Suite"><table class="overview"><thead><tr>
+<section class="panel scroll" tabindex="0" role="region" aria-label="Suite">
+<table class="overview"><thead><tr>
 <th scope="col">SAE</th><th scope="col" class="num">Strato<small lang="en">Layer</small></th>
 <th scope="col">Sito<small lang="en">Site</small></th>
 <th scope="col" class="num">Latenti<small lang="en">Latents</small></th>
