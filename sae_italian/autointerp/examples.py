@@ -195,7 +195,6 @@ def promoted_tokens(cache: FeatureCache, strings: list[str], latent: int) -> tup
 
 # --- explainers and judges -------------------------------------------------------------------------------------------
 
-
 RULE = "rule"
 
 

@@ -156,7 +156,6 @@ def mentions(explanation: str, text: str) -> bool:
 
 # --- scores of submissions -------------------------------------------------------------------------------------------
 
-
 DEFAULT_MODEL, DEFAULT_LAYER = "bert-base-multilingual-cased", 9  # bert-score's own choice of the layer
 _MEASURES = ("correlation", "on_and_off_agree", "relative_error")
 AGREES = 0.9  # correlation from which a latent counts as replayed

@@ -243,7 +243,6 @@ def _numbered(texts: list[str | None]) -> tuple[Int[np.ndarray, " n_and_none"], 
 
 # --- the pieces of a tokenizer ---------------------------------------------------------------------------------------
 
-
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 

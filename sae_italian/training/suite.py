@@ -132,8 +132,7 @@ def suite_from_dict(values: dict[str, Any]) -> SuiteSpec:
 def memory_of(specs: Sequence[RunSpec]) -> dict[str, float]:
     """Return what training these SAEs on one pass of their model takes, in 10^9 bytes by what they hold.
 
-    SAEs are trained one after the other, so `step` is that of the largest. The specs are taken as `RunSpec.sae_config`
-    has found them good: a suite asks this for each of its SAEs.
+    SAEs are trained one after the other, so `step` is that of the largest. Each must have passed `RunSpec.sae_config`.
     """
     first, saes, steps = specs[0], 0, []
     model: Any = load_model_config(first.model)

@@ -26,7 +26,6 @@ APPROXIMATION = f"1 token per {CHARACTERS_PER_TOKEN:g} characters and {MESSAGE_T
 OUT_EXPLANATION, OUT_NUMBER, OUT_FRAME = 40, 2, 10  # tokens an answer is taken to have
 EXPLANATION = "parola o desinenza che si ripete negli esempi, di solito dopo un articolo o una preposizione articolata"
 
-
 Messages = tuple[dict[str, str], ...]
 
 
