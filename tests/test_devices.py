@@ -71,14 +71,14 @@ ALLOWED = {
     "saes/sparse.py": (0, 4, "top_positive alone waits, whose values go to the feature cache"),
     "saes/architectures.py": (0, 1, "the estimate of the scale, once a run"),
     "saes/fit.py": (1, 12, "measures and thresholds: a number a chunk, no step of training"),
-    "saes/jumprelu.py": (1, 8, "an export: sums and sorts on the CPU, no step of training"),
+    "saes/jumprelu.py": (1, 7, "an export: sums and sorts on the CPU, no step of training"),
     "cache/shards.py": (0, 8, "what is written to disk: counts, latents and values of a chunk"),
     "cache/build.py": (0, 2, "NumPy's bookkeeping of ranges; the shards do the rest"),
     "evaluation/evaluate.py": (2, 11, "sums by document are the CPU's; one wait a pass for each column"),
     "benchmark/probes.py": (1, 6, "tokens of a batch; one wait a sentence, for what scikit-learn fits on the CPU"),
     "analysis/detect.py": (0, 5, "numbers of NumPy and of the feature cache"),
     "analysis/latent.py": (2, 12, "what is shown of one prompt; numbers of rows, which index on any device"),
-    "analysis/patching.py": (16, 15, "the elimination's bookkeeping is the CPU's; a wait a batch of rows"),
+    "analysis/patching.py": (15, 13, "the elimination's bookkeeping is the CPU's; a wait a batch of rows"),
     "models/activations.py": (3, 3, "texts of a handful of tokens"),
 }
 

@@ -146,9 +146,8 @@ class _Prompt:
     def __init__(self, model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, n_new_tokens: int = 0):
         self.model, (self.hook_in, self.hook_out) = model, edit_hooks(sae, model)
         self.direction: Float[Tensor, " d_out"] = written_directions(sae, [latent])[0].to(model.device, torch.float32)
-        self.tokens: Int[Tensor, "1 pos"] = tokenizer(prompt, return_tensors="pt").input_ids.to(
-            model.device
-        )  # its own BOS
+        ids: Any = tokenizer(prompt, return_tensors="pt").input_ids  # BOS by the tokenizer's own rule
+        self.tokens: Int[Tensor, "1 pos"] = ids.to(model.device)
         if not prompt.strip() or self.tokens.numel() == 0:
             raise UsageError("the prompt is empty. Give some text.")
         check_context(self.tokens.shape[1] + n_new_tokens, model.config)

@@ -25,7 +25,7 @@ def test_every_key_has_both_languages_and_only_text():
 
 
 def test_the_card_names_all_its_numbers_in_its_order():
-    numbers = [field.name for field in dataclasses.fields(EvaluationCard) if field.type == "Estimate"]
+    numbers = [field.name for field in dataclasses.fields(EvaluationCard) if field.type == "Measured"]
     assert list(labels("card")) == numbers
 
 
