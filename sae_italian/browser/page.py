@@ -44,8 +44,9 @@ def static_text(name: str) -> str:
 
 
 def template(text: str, names: dict[str, Any] | None = None) -> jinja2.Template:
-    """Return a template of HTML: what is put into it is escaped; `names` stand for what every use of it has."""
-    return jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text, names)
+    """Return a template of HTML: what is put into it is escaped, a name it lacks is an error; `names`: of every use of it."""
+    how: Any = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    return jinja2.Environment(autoescape=True, **how).from_string(text, names)
 
 
 @cache

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 # in both languages; the better a cell the stronger its tint
 _TABLES = template("""\
 {% macro name(own, place, shown) %}
-{% set address = links[own.cache] %}
+{% set address = links.get(own.cache) %}
 {% if address %}<a href="{{ address }}{{ place }}">{{ shown }}</a>{% else %}{{ shown }}{% endif %}
 {% endmacro %}
 {% macro both(key) %}{{ label(key, "it") }}<small lang="en">{{ label(key, "en") }}</small>{% endmacro %}

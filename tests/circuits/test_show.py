@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jsonschema
 import numpy as np
@@ -14,7 +15,7 @@ from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.circuits.check import check, foretold, replayed
 from sae_italian.circuits.edges import Prompt, attribute
-from sae_italian.circuits.graph import Graph, joined, nodes_of
+from sae_italian.circuits.graph import Graph, joined, nodes_of, prune
 from sae_italian.circuits.show import cantor, graph_svg, neuronpedia, strongest_path, summary
 from sae_italian.cli import main
 from sae_italian.models.activations import read_activations
@@ -129,6 +130,18 @@ def test_the_summary_and_the_picture_name_what_matters(mistral):  # noqa: F811
     text, picture = summary(graph, {(0, 5): "spiegazione"}), graph_svg(graph)
     assert "replacement score" in text and f"of {graph.n_active} active latents" in text
     assert picture.startswith("<?xml") and "next token" in picture and picture == graph_svg(graph)
+
+
+def test_the_picture_draws_every_kind_of_node_that_stays():
+    """Each input, latent, error, rest and logit is a point; the bias, which no input decides, is none."""
+    places = (("embedding", -1), ("latent", 0), ("error", 0), ("bias", 0), ("rest", 0), ("logit", 1))
+    nodes = joined([nodes_of(kind, layer, 1) for kind, layer in places])
+    weights = np.array([[2.0, 0, 0, 3.0, 0, 0], [1.0, 3.0, 3.0, 7.0, 3.0, 0]])
+    graph = Graph("p", "m", ("a", "b"), 1, nodes, np.array([1, 5]), weights, weights.sum(1), 1)
+    kinds = prune(graph)[1].nodes.kind.tolist()
+    drawn = re.findall(r'<g id="PathCollection_\d+">.*?</g>\s*</g>', graph_svg(graph), re.DOTALL)
+    assert sorted(kinds) == ["embedding", "error", "latent", "logit", "rest"]
+    assert sum(part.count("<use ") for part in drawn) == len(kinds)
 
 
 def test_all_paths_by_hand():
