@@ -14,7 +14,7 @@ class StandIn:
         its: Any = type(handler.__name__, (handler,), {"stand_in": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), its)
         self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def close(self) -> None:
@@ -27,6 +27,7 @@ class Quiet(BaseHTTPRequestHandler):
 
     stand_in: Any
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the receipt of its head
 
     def log_message(self, *_):
         pass
