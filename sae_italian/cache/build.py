@@ -103,6 +103,7 @@ def build_caches(
         "corpus": str(corpus),
         "corpus_hash": cached.identity if cached else _identity(corpus, split, text_column, n_tokens),
         "model_revision": getattr(model, "loaded_from", {}).get("revision"),
+        "model_dtype": "float32" if cached else str(model.dtype).removeprefix("torch."),
         "tokenizer_hash": layout.tokenizer_hash(model.tokenizer),
         "text_column": text_column,
         "split": split,

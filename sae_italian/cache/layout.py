@@ -84,6 +84,7 @@ class Manifest(BaseModel, extra="forbid"):
     schema_version: int = SCHEMA_VERSION
     model: str
     model_revision: str | None = None  # the commit on the hub; None for a model in a local folder
+    model_dtype: str = Field("float32", exclude_if=lambda dtype: dtype == "float32")
     sae: str
     sae_hash: str
     sae_config_hash: str = ""

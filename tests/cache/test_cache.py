@@ -29,6 +29,7 @@ from sae_italian.cache.stats import write_statistics
 from sae_italian.cli import main
 from sae_italian.corpora import iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT
+from sae_italian.models import load_model
 from sae_italian.models.activations import read_activations
 from sae_italian.saes import load_sae, weights_hash
 from tests.cache.made import made_cache
@@ -205,6 +206,9 @@ def test_another_cache_in_the_folder_is_refused(small_cache, mini, trained_sae, 
         build_cache(sae, mini, "micro-italiano", small_cache, n_tokens=50_000, windows_per_shard=100, resume=True)
     with pytest.raises(UsageError, match="d_sae was|sae_hash was"):
         build_cache(topk_sae, mini, "micro-italiano", small_cache, n_tokens=40_000, windows_per_shard=100, resume=True)
+    halved = load_model("sae-italian-mini", dtype="bfloat16")  # a build begun without a GPU and resumed on one
+    with pytest.raises(UsageError, match="model_dtype was None, is now 'bfloat16'"):
+        build_cache(sae, halved, "micro-italiano", small_cache, n_tokens=40_000, windows_per_shard=100, resume=True)
     assert digests(small_cache) == before
 
 
