@@ -190,12 +190,15 @@ def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Cells]
     head = next((line for line in lines if line.strip()), "")
     names = {mark: [name.strip('" \r\n') for name in head.split(mark)] for mark in ",;\t|"}  # Excel writes ; in Italy
     mark = max(names, key=lambda mark: (bool(set(columns) & set(names[mark])), len(names[mark])))
-    table = csv.DictReader(chain([head], lines), delimiter=mark)
+    table = csv.DictReader(
+        chain([head], lines), delimiter=mark, strict=True
+    )  # else an open quote takes in all after it
     for number in count():
+        first = max(table.line_num, 1) + 1
         try:
             row = next(table, None)
         except csv.Error as error:
-            row = _broken("broken_csv", f"{shard}, line {table.line_num}", f"not CSV ({error})")
+            row = _broken("broken_csv", f"{shard}, line {first}", f"not CSV ({error})")
         if row is None:
             return
         if number >= start:

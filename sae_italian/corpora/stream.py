@@ -22,7 +22,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError, check_whole
 from sae_italian.base.labels import labels
 from sae_italian.base.storage import fingerprint, path_of
 from sae_italian.corpora import rows
@@ -32,7 +32,6 @@ from sae_italian.corpora.rows import MICRO_ITALIANO, Broken, is_held_out
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-
 
 _WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\*(.+)", re.IGNORECASE)  # as `0.7*name`
 
@@ -240,8 +239,7 @@ class CorpusStream:
             part, self.turn = self.turn, (self.turn + 1) % len(self.parts)
             return part
         digest = hashlib.blake2b(f"{self.reader.seed}/{self.n_picks}".encode(), digest_size=8).digest()
-        left = (0.0 if ended else weight for weight, ended in zip(self.weights, self.ended, strict=True))
-        edges = list(accumulate(left))
+        edges = list(accumulate(0 if ended else w for w, ended in zip(self.weights, self.ended, strict=True)))
         last = max(part for part, ended in enumerate(self.ended) if not ended)  # for a point rounded up to the end
         return min(bisect_right(edges, int.from_bytes(digest, "big") / 2**64 * edges[-1]), last)
 
@@ -299,6 +297,7 @@ def load_corpus(
     """
     from datasets import Dataset, Features, IterableDataset, Value
 
+    check_whole(0, limit=limit)
     reader = reader or Reader(split=split, seed=seed, text_column=text_column)
     check_corpus(corpus, reader=replace(reader, split="all"))
     features = Features({name: Value("string") for name in TextDocument._fields})
@@ -307,8 +306,7 @@ def load_corpus(
         return IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
     check_ends(corpus, limit, "give a limit, or stream it")
     key = fingerprint([CorpusStream(corpus, reader).spec(), limit, reader.seed])
-    table: Any = Dataset.from_generator(_rows, features=features, gen_kwargs=arguments | {"version": key})
-    return table
+    return Dataset.from_generator(_rows, features=features, gen_kwargs=arguments | {"version": key})
 
 
 def check_corpus(corpus: str | Path, *, text_column: str = "text", reader: Reader | None = None) -> None:

@@ -191,6 +191,15 @@ def test_latin_1_text_is_read_and_an_odd_byte_in_utf_8_stays_one(tmp_path, name)
     assert read(tmp_path / "b.txt")[0] == ["Perché? \ufffd"]
 
 
+@pytest.mark.parametrize("broken", ['"aperte e mai chiuse', '"chiuse" e poi altro'])
+def test_a_quote_in_a_csv_that_does_not_end_its_cell_is_told_with_its_line(tmp_path, broken):
+    file = tmp_path / "a.csv"
+    file.write_text(f'text,fonte\n"uno, due",a\n{broken},b\ntre,c\n', "utf-8")
+    with pytest.raises(DataError, match="a.csv, line 3: not CSV .*on_broken=skip"):
+        read(file)
+    assert read(file, on_broken="skip")[1].dropped == {"broken_csv": 1}
+
+
 def test_a_csv_without_the_text_column_lists_its_columns_and_names_the_option(tmp_path):
     (tmp_path / "a.csv").write_text("Titolo;Note\nuno;due, tre\n")
     with pytest.raises(UsageError, match="no column 'text'; it has 'Titolo', 'Note'. .*--text-column") as error:

@@ -63,6 +63,8 @@ def test_load_corpus_streams_rows_for_datasets(tmp_path):
     assert [set(row) for row in rows] == [{"text", "doc_id", "source"}] * 5
     micro = list(load_corpus("micro-italiano", limit=3))
     assert len(micro) == 3 and micro == list(load_corpus("micro-italiano", limit=3))
+    with pytest.raises(UsageError, match="limit is -1"):
+        load_corpus("micro-italiano", limit=-1)
 
 
 @pytest.mark.parametrize(
