@@ -46,8 +46,10 @@ def bootstrap(
 
 
 def mean_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Estimate:
-    """Return the mean of independent values (latents, of which there are many) with its percentile interval."""
+    """Return the mean of independent values (latents, of which there are many) with its percentile interval, if two or more."""
     values = np.asarray(values, dtype=np.float64)[np.isfinite(values)]
+    if len(values) == 1:
+        return Estimate(float(values[0]), float("nan"), float("nan"))
     pairs = np.stack([values, np.ones_like(values)], axis=1)
     return interval(*_resampled(pairs, lambda total: total[:, 0] / total[:, 1], 1000, seed)) if len(pairs) else NOTHING
 
