@@ -37,8 +37,9 @@ from sae_italian.benchmark.absorption import absorption as absorbed
 from sae_italian.cli import Folder, Many, Model, Out, Result, Seed, Source, named, numbers, own_words, short_names
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.saes import model_of
-from sae_italian.saes.baselines import TOPK, fit_baselines, random_twin
+from sae_italian.saes.baselines import KINDS, TOPK, check_kinds, fit_baselines, random_twin
 
+TWIN = "twin"  # among the kinds of baselines, the random twin
 WORDS = {"tasks": "", "seeds": 5, "baselines": "", "wandb": ""}
 Task = Annotated[Literal[1, 2], Parameter(help="The task: 1 explanations, 2 sequences.")]
 
@@ -73,6 +74,8 @@ def benchmark(
         boards = leaderboard(out)
         text = "\n\n".join(board.markdown() for board in boards)
         return Result([plain(board) for board in boards], f"{text}\n\nleaderboard: {out / 'leaderboard.html'}")
+    kinds = [kind for kind in settings["baselines"].split(",") if kind]
+    check_kinds(kinds, (*KINDS, TWIN))
     given, genres, offline = short_names(names), named("--texts", texts), sets == "offline"
     for corpus in genres.values():  # also of tasks that are not asked
         check_corpus(corpus)
@@ -83,7 +86,6 @@ def benchmark(
     loaded = {name: sae_italian.load_sae(sae) for name, sae in given.items()}
     subject = model_of(next(iter(loaded.values())), model)
     how = {"quick": preset == "quick", "n_seeds": settings["seeds"], **asdict(folder)}
-    kinds = [kind for kind in settings["baselines"].split(",") if kind]
     told = run(loaded, subject, material, tasks, out, baselines=partial(_fitted, kinds), **how)
     told["refused"] = [*told["refused"], *failed]
     entries = read_entries(out)
@@ -95,10 +97,10 @@ def benchmark(
 
 def _fitted(kinds: list[str], sae: Any, sample: Any) -> dict[str, Any]:
     """Return baselines of these kinds, each with top-k at the SAE's own L0; `twin` is the random twin as a row."""
-    own = [kind for kind in kinds if kind != "twin"]
+    own = [kind for kind in kinds if kind != TWIN]
     found = fit_baselines(sample, sae, own) if own else {}
     kept = {name: each for name, each in found.items() if name.endswith(TOPK)}
-    return kept | ({"random twin": random_twin(sae, 0, lambda: sample)} if "twin" in kinds else {})
+    return kept | ({"random twin": random_twin(sae, 0, lambda: sample)} if TWIN in kinds else {})
 
 
 def choose_k(
@@ -209,7 +211,7 @@ def _baselines(
 
 def _saes(words: list[str], out: Path, flags: dict[str, Any]) -> list[str]:
     """Return the SAEs named, or those that the config named trains into `<out>-saes`."""
-    from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train, train_suite
+    from sae_italian.training import read_values, suite_from_dict, train, train_suite
     from sae_italian.training.config import SUITE_KEY
 
     overrides = [word for word in words if "=" in word]
@@ -225,7 +227,7 @@ def _saes(words: list[str], out: Path, flags: dict[str, Any]) -> list[str]:
     values = read_values(names[0], *overrides)
     folder = out.with_name(f"{out.name}-saes")
     if SUITE_KEY not in values:
-        return [str(train(spec_from_dict(values), folder, **flags))]
+        return [str(train(values, folder, **flags))]
     suite = suite_from_dict(values)
     if "TC" in suite.sites:
         raise UsageError("baselines decompose the activations of one hook; take site TC out of the suite: sites=[R].")

@@ -38,7 +38,6 @@ _LEAST = 2  # tokens per dimension
 _LATENTS = 128  # whose pre-activations on all calibration tokens are held at a time
 Rows = Float[Tensor, "tokens d_in"]
 
-
 # Latents c = ReLU(encoder^T (x - mean)), x^ = c decoder + mean: encoder [d_in, n], decoder [n, d_in], mean [d_in], and
 # whether the fit converged.
 Directions = tuple[Tensor, Tensor, Tensor, bool]
@@ -62,9 +61,7 @@ def fit_baselines(
     before they converge, the metadata say `converged: False`.
     Raises: UsageError for an unknown kind, a transcoder, NMF of negative activations, or too few tokens to fit.
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise UsageError(f"baseline {kind!r} is unknown. {nearest(kind, KINDS)}")
+    check_kinds(kinds)
     if sae.cfg.metadata.hook_name_out:
         raise UsageError("baselines decompose the activations of one hook; a transcoder has two. Give an SAE.")
     sample, mean, covariance = _read(activations, n_tokens, ica_tokens, sae.cfg.d_in, seed)
@@ -81,6 +78,13 @@ def fit_baselines(
             baseline = _sae(weights, sae, metadata, apply_b_dec_to_input=True, **top)
             found[name] = rescaled(baseline, sample) if kind == "random" else baseline
     return found
+
+
+def check_kinds(kinds: Iterable[str], known: Sequence[str] = KINDS) -> None:
+    """Raise UsageError for a kind of baseline that is not known."""
+    for kind in kinds:
+        if kind not in known:
+            raise UsageError(f"baseline {kind!r} is unknown. {nearest(kind, known)}")
 
 
 @torch.no_grad()
@@ -107,11 +111,12 @@ def with_top_k(sae: Any, k: int) -> Any:
     cfg = sae.cfg
     metadata = copy.deepcopy(cfg.metadata)
     metadata.top_k_of = weights_hash(sae)
-    settings = {key: getattr(cfg, key) for key in ("apply_b_dec_to_input", "normalize_activations")}
     # SAELens' rescaling multiplies activations by the norms and divides by them when it decodes: the function is the same
-    settings |= {"k": min(k, cfg.d_sae), "rescale_acts_by_decoder_norm": True}
-    weights = {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    return _sae(weights, sae, metadata, **settings)
+    same = {key: getattr(cfg, key) for key in ("apply_b_dec_to_input", "normalize_activations")}
+    weights = {name: getattr(sae, name).detach().clone() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    silent = ~weights["W_dec"].any(dim=1)  # what writes nothing never fires, so that nothing is divided by a norm of 0
+    weights["W_enc"][:, silent], weights["b_enc"][silent], weights["W_dec"][silent, 0] = 0, -1, 1
+    return _sae(weights, sae, metadata, k=min(k, cfg.d_sae), rescale_acts_by_decoder_norm=True, **same)
 
 
 # --- the random twin --------------------------------------------------------------------------------------------------
@@ -126,15 +131,11 @@ def random_twin(sae: Any, seed: int = 0, activations: Callable[[], Rows] | None 
     Raises: UsageError where they are needed and not given.
     """
     twin = copy.deepcopy(sae)
-    generator = torch.Generator().manual_seed(seed)
-
-    def directions(d: int) -> Float[Tensor, "d_sae d"]:
-        return torch.nn.functional.normalize(torch.randn(sae.cfg.d_sae, d, generator=generator), dim=-1)
-
+    (d_sae, d_out), d_in, generator = twin.W_dec.shape, sae.cfg.d_in, torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        tied, d_out = directions(sae.cfg.d_in), twin.W_dec.shape[1]
+        tied = _directions(d_sae, d_in, generator)
         twin.W_enc.copy_(tied.T)
-        twin.W_dec.copy_(tied if d_out == sae.cfg.d_in else directions(d_out))
+        twin.W_dec.copy_(tied if d_out == d_in else _directions(d_sae, d_out, generator))
         if hasattr(sae.cfg, "k"):
             twin.b_enc.zero_()
         else:
@@ -145,6 +146,10 @@ def random_twin(sae: Any, seed: int = 0, activations: Callable[[], Rows] | None 
             _fire_alike(twin, sae, activations())
     twin.cfg.metadata.random_twin_of = weights_hash(sae)
     return twin
+
+
+def _directions(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=-1)
 
 
 def _fire_alike(twin: Any, sae: Any, x: Rows) -> None:
@@ -214,11 +219,9 @@ def _fitted(kind: str, sample: Rows, mean: Tensor, spread: Tensor, sae: Any, see
     2023 do this for PCA and ICA under top-k (`to_topk_dict` in their code: the components and their negatives).
     """
     if kind in ("random", "identity"):
-        rows = torch.eye(sae.cfg.d_in)
-        if kind == "random":
-            rows = torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=torch.Generator().manual_seed(seed))
-            rows /= rows.norm(dim=-1, keepdim=True)
-        return rows.T, rows, torch.zeros(sae.cfg.d_in), True
+        d_in, generator = sae.cfg.d_in, torch.Generator().manual_seed(seed)
+        rows = torch.eye(d_in) if kind == "identity" else _directions(sae.cfg.d_sae, d_in, generator)
+        return rows.T, rows, torch.zeros(d_in), True
     if kind == "pca":
         decoder, converged = torch.linalg.eigh(spread).eigenvectors.flip(1).T.float(), True
         # the sign is that which makes the largest entry positive, as scikit-learn's
@@ -235,8 +238,7 @@ def _fitted(kind: str, sample: Rows, mean: Tensor, spread: Tensor, sae: Any, see
 def _ica(sample: Rows, _sae: Any, seed: int) -> Directions:
     from sklearn.decomposition import FastICA
 
-    centred = (sample - sample.mean(0)).double()
-    if torch.linalg.matrix_rank(centred.T @ centred, hermitian=True) < sample.shape[1]:
+    if torch.linalg.matrix_rank(sample.double().T.cov(), hermitian=True) < sample.shape[1]:
         raise UsageError(
             f"the activations span fewer than {sample.shape[1]} dimensions, so ICA cannot whiten them. Leave out ica."
         )
@@ -254,11 +256,11 @@ def _nmf(sample: Rows, sae: Any, seed: int) -> Directions:
             f"NMF needs activations that are never negative; at {sae.cfg.metadata.hook_name} the smallest is {lowest:.3g}. "
             "Leave out nmf."
         )
-    settings: dict[str, Any] = {"n_components": sample.shape[1], "init": "nndsvda", "max_iter": 200}
-    nmf: Any = MiniBatchNMF(random_state=seed, **settings)
+    n: Any = sample.shape[1]
+    nmf: Any = MiniBatchNMF(n_components=n, init="nndsvda", max_iter=200, random_state=seed)
     converged = _converges(nmf, sample)
     components = torch.tensor(nmf.components_).float()
-    return torch.linalg.pinv(components), components, torch.zeros(sample.shape[1]), converged
+    return torch.linalg.pinv(components), components, torch.zeros(n), converged
 
 
 def _converges(model: Any, sample: Rows) -> bool:
@@ -275,9 +277,8 @@ def _sae(weights: dict[str, Tensor], like: Any, metadata: Any, **settings: Any) 
     """Return weights as a SAELens `StandardSAE`, or with a `k` as a `TopKSAE`, of the kind of numbers that `like` has."""
     from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
-    d_sae, d_in = weights["W_dec"].shape
-    shared = {"d_in": d_in, "d_sae": d_sae, "dtype": like.cfg.dtype, "device": str(like.device), "metadata": metadata}
-    settings = shared | settings
+    settings |= dict(zip(("d_sae", "d_in"), weights["W_dec"].shape, strict=True))
+    settings |= {"dtype": like.cfg.dtype, "device": str(like.device), "metadata": metadata}
     sae: Any = TopKSAE(TopKSAEConfig(**settings)) if "k" in settings else StandardSAE(StandardSAEConfig(**settings))
     sae.load_state_dict(weights)
     return sae.eval()

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 LLAMA_SCOPE_MODEL = "meta-llama/Llama-3.1-8B"
 
-
 # Of a release: `repo_id`, `model`, `saes` (by id, the folder of the repository it lies in), and these; None is not known.
 UNSAID = {"d_sae": None, "k": None, "site": None, "licence": "see its page", "note": "as SAELens loads it"}
 

@@ -355,3 +355,5 @@ def test_the_command_runs_and_says_it_as_json(trained_sae, tmp_path, capsys):
     assert "pca-topk" in capsys.readouterr().out
     assert main(["benchmark", str(trained_sae), "tasks=P9", "--out", str(out)]) == 2
     assert "'P9' is unknown" in capsys.readouterr().err
+    assert main(["benchmark", "no-such-sae", "baselines=pac", "--out", str(out)]) == 2
+    assert "'pac' is unknown. Did you mean 'pca'?" in capsys.readouterr().err  # before anything is read

@@ -144,6 +144,14 @@ def test_the_same_seed_gives_the_same(sae, gaussian):
         assert not torch.equal(first[name].W_dec, other[name].W_dec), name
 
 
+def test_with_top_k_of_a_latent_that_writes_nothing_is_finite(sae, gaussian):
+    pruned = copy.deepcopy(sae)
+    pruned.W_dec.data[7] = 0
+    kept, hidden = with_top_k(pruned, len(sae.W_dec)), (gaussian - sae.b_dec) @ sae.W_enc + sae.b_enc
+    assert torch.allclose(kept(gaussian), hidden.relu() @ pruned.W_dec + sae.b_dec, atol=1e-3)
+    assert hidden[:, 7].max() > 0 and not kept.encode(gaussian)[:, 7].any()
+
+
 def test_with_top_k_keeps_the_function_of_what_it_keeps(sae, gaussian):
     kept = with_top_k(sae, 3)
     scaled = copy.deepcopy(sae)
