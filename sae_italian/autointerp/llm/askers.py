@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -23,7 +23,6 @@ from sae_italian.autointerp.llm.answers import (
     read_numbers,
 )
 from sae_italian.autointerp.llm.calls import TOO_LONG, DryClient, Messages, Reply, Request
-from sae_italian.autointerp.llm.client import Client
 from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER, random_sae_control, run_autointerp
 from sae_italian.autointerp.store import NO_ANSWER, UNANSWERED, Explanation, Store
 from sae_italian.autointerp.summary import comparison_table, side_by_side
@@ -33,6 +32,9 @@ from sae_italian.base.report import plain
 from sae_italian.cache import FeatureCache
 from sae_italian.corpora.filters import identifier
 from sae_italian.saes.baselines import random_twin
+
+if TYPE_CHECKING:
+    from sae_italian.autointerp.llm.client import Client
 
 EXPLANATION_TOKENS = 160
 LEAST_EXAMPLES = 3
@@ -67,7 +69,7 @@ class Answer(NamedTuple):
 class Asker:
     """One who asks a model through a client. Safe to use from several threads."""
 
-    def __init__(self, client: Client | DryClient):
+    def __init__(self, client: "Client | DryClient"):
         self.client, self.config, self.concurrency = client, client.settings, client.concurrency
         self.prompts = Prompts(self.config.language)
         self.name = f"llm:{client.model}:{self.prompts.name}"
@@ -269,7 +271,7 @@ def estimate_beside(
     return client.estimate(counted[0][0] + of_random, sum(sampled for _, sampled in counted), of_random)
 
 
-def _askers(client: Client | DryClient) -> dict[str, Any]:
+def _askers(client: "Client | DryClient") -> dict[str, Any]:
     """Return the explainers and judges that the client's settings ask for, as a run takes them."""
     explainers = [LLMExplainer(client)] if client.settings.explainer == "llm" else []
     return {"explainers": explainers, "judges": [LLMJudge(client)]}
@@ -284,6 +286,8 @@ def run_beside(
     `control` the same explainer and judge then do the same latents' number of the random SAE, on the same budget and the
     same ledger. Raises: EndpointError, also when there was something to ask and not one answer.
     """
+    from sae_italian.autointerp.llm.client import Client
+
     path, random = cache.folder / STORE_FILE, []
     with Client(settings, path) as client:
         askers = _askers(client)

@@ -6,14 +6,10 @@ import hashlib
 import json
 import math
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import openai
 
 from sae_italian.autointerp.llm import LLMSettings
 from sae_italian.base.errors import UsageError
@@ -203,56 +199,6 @@ def token_counter(settings: LLMSettings) -> Callable[[Sequence[Mapping[str, str]
         return len(tokenizer(text)["input_ids"]) if tokenizer else approximate
 
     return lambda messages: sum(count(message["content"]) + MESSAGE_TOKENS for message in messages)
-
-
-class EndpointError(UsageError, openai.OpenAIError):
-    """The endpoint does not answer, or will not answer anything. What was answered is kept.
-
-    It is one of openai's errors too: these alone pass through the library without another attempt.
-    """
-
-
-class BudgetReached(EndpointError):
-    """The next call might cost more than what is left. What was answered is kept, and a rerun goes on from there."""
-
-
-class Budget:
-    """Dollars spent, set aside for the calls in flight, and possibly spent on lost answers. For any thread."""
-
-    def __init__(self, limit: float | None):
-        self.limit = math.inf if limit is None else limit
-        self.spent = self.uncertain = 0.0
-        self._reserved: list[float] = []  # a number for each attempt in flight
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def attempt(self, account: Account) -> Iterator[None]:
-        """Set aside what an attempt may cost, then book the account's `usd`, or all of it as uncertain while it is `lost`.
-
-        Where too little is left it waits for calls in flight to give back what they did not use. Raises: BudgetReached when
-        none is in flight.
-        """
-        with self._changed:
-            while (gone := self.spent + self.uncertain) + sum(self._reserved) + account.worst > self.limit:
-                if not self._reserved:
-                    raise BudgetReached(
-                        f"the next call may cost ${account.worst:.4f} and ${gone:.4f} of the ${self.limit:g} of --max-usd "
-                        "are gone. What was answered is kept: run again with a higher --max-usd to go on."
-                    )
-                self._changed.wait()
-            self._reserved.append(account.worst)
-        account.attempts += 1
-        account.lost = True  # until the block says otherwise: it may have been billed all the same
-        try:
-            yield
-        finally:
-            uncertain = account.worst if account.lost else 0.0
-            account.usd_uncertain += uncertain
-            with self._changed:
-                self._reserved.remove(account.worst)
-                self.spent += account.usd or 0.0
-                self.uncertain += uncertain
-                self._changed.notify_all()
 
 
 class DryClient:

@@ -8,12 +8,13 @@ end where no answer is to be had. `ask` may be called from several threads at on
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import httpx2
 import openai
 
 from sae_italian.autointerp.llm import LLMSettings, calls
-from sae_italian.autointerp.llm.calls import Account, EndpointError, Reply, Request
+from sae_italian.autointerp.llm.calls import Account, Reply, Request
 from sae_italian.autointerp.store import NO_ANSWER, connect
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import utc_now
@@ -59,6 +60,56 @@ HOPELESS = {  # statuses that no later question will fare better with
 COUNTED = ("asked", "answered", "refused", "failed", "from ledger", "unreadable", "cut", "retries")
 
 
+class EndpointError(UsageError, openai.OpenAIError):
+    """The endpoint does not answer, or will not answer anything. What was answered is kept.
+
+    It is one of openai's errors too: these alone pass through the library without another attempt.
+    """
+
+
+class BudgetReached(EndpointError):
+    """The next call might cost more than what is left. What was answered is kept, and a rerun goes on from there."""
+
+
+class Budget:
+    """Dollars spent, set aside for the calls in flight, and possibly spent on lost answers. For any thread."""
+
+    def __init__(self, limit: float | None):
+        self.limit = math.inf if limit is None else limit
+        self.spent = self.uncertain = 0.0
+        self._reserved: list[float] = []  # a number for each attempt in flight
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def attempt(self, account: Account) -> Iterator[None]:
+        """Set aside what an attempt may cost, then book the account's `usd`, or all of it as uncertain while it is `lost`.
+
+        Where too little is left it waits for calls in flight to give back what they did not use. Raises: BudgetReached when
+        none is in flight.
+        """
+        with self._changed:
+            while (gone := self.spent + self.uncertain) + sum(self._reserved) + account.worst > self.limit:
+                if not self._reserved:
+                    raise BudgetReached(
+                        f"the next call may cost ${account.worst:.4f} and ${gone:.4f} of the ${self.limit:g} of --max-usd "
+                        "are gone. What was answered is kept: run again with a higher --max-usd to go on."
+                    )
+                self._changed.wait()
+            self._reserved.append(account.worst)
+        account.attempts += 1
+        account.lost = True  # until the block says otherwise: it may have been billed all the same
+        try:
+            yield
+        finally:
+            uncertain = account.worst if account.lost else 0.0
+            account.usd_uncertain += uncertain
+            with self._changed:
+                self._reserved.remove(account.worst)
+                self.spent += account.usd or 0.0
+                self.uncertain += uncertain
+                self._changed.notify_all()
+
+
 class Client:
     """One model behind one endpoint. Use as a context manager.
 
@@ -77,7 +128,7 @@ class Client:
                 f"there is no price for {self.model!r}, so --max-usd cannot be kept. Give prices=FILE with its price "
                 "(0 for a server of your own), or leave --max-usd out."
             )
-        self.counter, self.budget = calls.token_counter(settings), calls.Budget(settings.max_usd)
+        self.counter, self.budget = calls.token_counter(settings), Budget(settings.max_usd)
         self.missing: dict[str, str] = {}
         self.counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
         self.reasons: Counter[str] = Counter()

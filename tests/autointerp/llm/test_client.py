@@ -14,14 +14,8 @@ from pathlib import Path
 import pytest
 
 from sae_italian.autointerp.llm import LLMOptions, LLMSettings
-from sae_italian.autointerp.llm.calls import (
-    Account,
-    Budget,
-    BudgetReached,
-    EndpointError,
-    Request,
-    price_of,
-)
+from sae_italian.autointerp.llm.calls import Account, Request, price_of
+from sae_italian.autointerp.llm.client import Budget, BudgetReached, EndpointError
 from sae_italian.autointerp.store import Store
 from sae_italian.base.errors import UsageError
 from tests.autointerp.explainita.test_explainita import jsonl_of

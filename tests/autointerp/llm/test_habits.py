@@ -10,7 +10,8 @@ import pytest
 
 from sae_italian.autointerp.llm.answers import Unusable, distributions, read_explanation, read_numbers
 from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
-from sae_italian.autointerp.llm.calls import BudgetReached, EndpointError, Reply, Request, TokenLogprobs
+from sae_italian.autointerp.llm.calls import Reply, Request, TokenLogprobs
+from sae_italian.autointerp.llm.client import BudgetReached, EndpointError
 from sae_italian.autointerp.store import Explanation, Store
 from tests.autointerp.llm.conftest import a_latent, an_example, an_explanation
 from tests.autointerp.llm.endpoint import FakeEndpoint
