@@ -18,7 +18,7 @@ from sae_italian.models import load_model, parse_hook_name
 from sae_italian.models.activations import check_context
 from sae_italian.papers.report import lookup, shown
 from sae_italian.saes import load_sae, model_of
-from sae_italian.training import read_values, spec_from_dict, suite_from_dict, train, train_suite
+from sae_italian.training import read_values, train, train_suite
 
 MINI = "sae-italian-mini"
 MINI_WIDTH = 128  # d_in of the model that the recipes in configs/mini are for
@@ -142,7 +142,7 @@ class Reproduction(NamedTuple):
         values = self.values(n_tokens, *overrides)
         values |= {"hook_name": hook_name, "sae": (sae or values["sae"]) | {"d_sae": d_sae}}
         folder = self.out / "saes" / name
-        return train(spec_from_dict(values), folder, resume=folder.is_dir())
+        return train(values, folder, resume=folder.is_dir())
 
     def train_suite(self, layers: list[int]) -> list[Path]:
         """Train the budget's sites and widths on one pass of the model; return the folders, e.g. `L1R-8x`."""
@@ -152,7 +152,7 @@ class Reproduction(NamedTuple):
             values["sae"].pop(key, None)
         values |= {"layers": layers, **{key: self.budget[key] for key in ("sites", "expansions", "memory_gb")}}
         folder = self.out / "saes" / "suite"
-        return train_suite(suite_from_dict(values), folder, resume=folder.is_dir())
+        return train_suite(values, folder, resume=folder.is_dir())
 
     def layers(self, at_most: int) -> list[int]:
         """Return the budget's layers, or so many spread evenly over the model, first and last among them.

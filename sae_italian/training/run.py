@@ -23,14 +23,14 @@ from sae_italian.base.units import connect
 from sae_italian.corpora.pretokenize import is_pretokenized
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.models import load_model
-from sae_italian.training.config import RunSpec, load_spec, spec_from_dict
+from sae_italian.training.config import RunSpec, read_values, spec_from_dict
 from sae_italian.training.logging import WEIGHTS
 from sae_italian.training.loop import Diverged, Loop, SAERun, clear_checkpoints
 from sae_italian.training.pretrained import Origin
 from sae_italian.training.processes import ALONE, GPU_BACKEND, WORLD, Processes, check_joint, joined, placed
 from sae_italian.training.shards import check_shards
 from sae_italian.training.stream import ActivationStream, kept_positions
-from sae_italian.training.suite import SuiteSpec
+from sae_italian.training.suite import SuiteSpec, suite_from_dict
 from sae_italian.training.text import check_length, training_documents
 
 KIND, SUITE_KIND = "train", "suite"
@@ -47,7 +47,7 @@ CHANGEABLE = {"repeat_corpus", "shard_latents"} | {
 def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train the SAE of `spec` into the folder `out` and return it.
 
-    `spec` may also be a recipe's name, a YAML, an earlier run's folder, or SAELens' own runner config. `out` then loads
+    `spec` may also be a recipe's name, a YAML, an earlier run's folder, a dict, or SAELens' own runner config. `out` then loads
     with `SAE.load_from_disk(out)`; beside the weights lie `run.json` (the spec), `metrics.jsonl` and
     `runner_cfg.json`. While training, `checkpoints/` holds the last full state; a run that was interrupted or killed
     continues from it with `resume=True` and ends with the weights of an uninterrupted run (CPU, same threads). Where
@@ -56,8 +56,8 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
     Raises: UsageError for a setting that cannot work, before anything is written, for a folder that holds another
     run, and as `Loop.fit` and `joined`; KeyboardInterrupt after a signal, once the state is saved.
     """
-    if isinstance(spec, str | Path):
-        spec = load_spec(spec)
+    if isinstance(spec, str | Path | dict):
+        spec = spec_from_dict(spec if isinstance(spec, dict) else read_values(spec))
     elif not isinstance(spec, RunSpec):
         spec = RunSpec.from_saelens(spec)
     out = Path(out)
@@ -100,19 +100,21 @@ def seed_folders(folder: Path) -> list[Path]:
 
 
 def train_suite(
-    suite: SuiteSpec,
+    suite: SuiteSpec | str | Path | dict[str, Any],
     out: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
     run_units: Callable[..., Iterator[list[Path]]] = map,
 ) -> list[Path]:
-    """Train every group of a suite into `out/<name>` and return these folders.
+    """Train every group of a suite, which may be named as in `train`, into `out/<name>` and return these folders.
 
     `run_units` maps the groups: one after the other here, or elsewhere, as a group is a unit of work of its own. With
     `resume`, finished groups are left alone and the one that was stopped goes on.
     Raises: UsageError as `train`, and for a suite that does not fit its memory; KeyboardInterrupt after a signal.
     """
+    if not isinstance(suite, SuiteSpec):
+        suite = suite_from_dict(suite if isinstance(suite, dict) else read_values(suite))
     out = Path(out)
     groups = [(f"group-{index:03}", specs) for index, specs in enumerate(suite.groups())]
     check_run(next(iter(groups[0][1].values())))
@@ -310,13 +312,12 @@ def on_ray(spec: RunSpec, n: int, out: Path, address: str | None, **how: bool) -
 
 def train_on_worker(given: dict[str, Any]) -> None:
     """Train in a worker of Ray Train, which has set RANK and WORLD_SIZE."""
-    train(spec_from_dict(given.pop("spec")), given.pop("out"), **given)
+    train(given.pop("spec"), given.pop("out"), **given)
 
 
 def _ours(error: BaseException) -> BaseException:
     """Return the error of ours that a worker failed with, where that is what happened; else what Ray says."""
-    causes = [error, *getattr(error, "worker_failures", {}).values()]
-    for cause in causes:
+    for cause in (error, *getattr(error, "worker_failures", {}).values()):
         for each in (cause, cause.__cause__, getattr(cause, "cause", None), getattr(cause, "_base_exc", None)):
             if isinstance(each, SaeItalianError):
                 return each

@@ -14,7 +14,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.units import map_units
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
-from sae_italian.training import RunSpec, load_spec, load_suite, train, train_suite
+from sae_italian.training import RunSpec, load_spec, load_suite, read_values, train, train_suite
 from sae_italian.training.loop import Loop
 from sae_italian.training.run import train_group
 from sae_italian.training.suite import memory_of, n_parameters
@@ -111,10 +111,11 @@ def test_a_suite_trains_on_one_pass_and_each_sae_loads(tmp_path, capsys):
 
 def test_together_or_alone_the_weights_are_the_same(tmp_path):
     """SAEs of a group see the batches that a run of their own would see, from the same start."""
-    suite = small("layers=[1]", "sites=[R]")
-    together = train_suite(suite, tmp_path / "suite")
-    alone = train(suite.members()["L1R-2x"], tmp_path / "alone")
+    words, out = (*SMALL, "layers=[1]", "sites=[R]"), tmp_path / "suite"
+    together = train_suite(read_values("mini/suite", *words), out)  # plain dicts, as one reads them or makes them
+    alone = train(load_suite("mini/suite", *words).members()["L1R-2x"].model_dump(), tmp_path / "alone")
     assert all(torch.equal(value, weights(alone)[name]) for name, value in weights(together[1]).items())
+    assert train_suite(str(out), out, resume=True) == together  # and a suite's folder names it
 
 
 def test_a_group_is_a_unit_of_work_and_resumes_where_it_was_stopped(tmp_path, monkeypatch):
