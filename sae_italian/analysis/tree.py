@@ -22,7 +22,7 @@ from sae_italian.analysis.latent import codes, edit_hooks, special, token_text, 
 from sae_italian.analysis.shift import corpus_windows
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of, paced
-from sae_italian.base.report import OURS, REFERENCE, svg
+from sae_italian.base.report import OURS, REFERENCE, shown, svg
 from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.models import activations
 from sae_italian.models.activations import entry_and_edit, read_many, replaced
@@ -55,7 +55,7 @@ class Node(NamedTuple):
 
     def text(self, indent: int = 0) -> str:
         """Return the tree as indented lines."""
-        drop = "" if self.drop is None else f"  -{self.drop.value:.0%} ({self.drop.lo:.0%} to {self.drop.hi:.0%})"
+        drop = "" if self.drop is None else f"  -{shown(self.drop, '.0%')}"
         example = self.examples[0] if self.examples else "never active"
         line = f"{'  ' * indent}{self.sae} {self.latent}{drop}  {example}"
         return "\n".join([line, *(child.text(indent + 1) for child in self.children)])

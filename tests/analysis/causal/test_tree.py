@@ -57,6 +57,8 @@ def test_ablating_the_only_cause_silences_the_target(mini, planted):
     root = causal_tree(mini, [("before", before), ("target", target)], TARGET, **OPTIONS)
     assert [child.latent for child in root.children] == [CAUSE]
     assert root.children[0].drop.value == pytest.approx(1, abs=1e-4)
+    one = causal_tree(mini, [("before", before), ("target", target)], TARGET, **OPTIONS | {"n_contexts": 1})
+    assert "-100%  " in one.text()  # without the interval that one context does not have
 
 
 def test_contexts_are_of_windows_in_which_it_is_half_as_active_as_ever():
