@@ -62,8 +62,7 @@ class SAERun:
     """
 
     def __init__(self, spec: RunSpec, model: Any, out: Path, processes: Processes = ALONE):
-        self.spec, self.out, self.config = spec, out, spec.to_saelens()
-        self.processes = processes
+        self.spec, self.config, self.out, self.processes = spec, spec.to_saelens(), out, processes
         torch.manual_seed(spec.seed)
         place = {"device": "cpu"} if spec.shard_latents else {}  # no device need hold all of it
         self.sae: Any = TrainingSAE.from_dict(self.config.get_training_sae_cfg_dict() | place)
@@ -217,11 +216,19 @@ class SAERun:
         remove(staging)
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """Return the whole checkpoints of a training, the newest last; what else lies beside them is not ours."""
+    saved = [path for path in (out / CHECKPOINTS).glob("*") if re.fullmatch("[0-9]+", path.name)]
+    return sorted(saved, key=lambda path: int(path.name))
+
+
 def clear_checkpoints(out: Path) -> None:
-    """Remove the checkpoints of a training that is done, and a folder that held nothing else."""
-    remove(out / CHECKPOINTS)
-    if out.is_dir() and not any(out.iterdir()):
-        out.rmdir()
+    """Remove the checkpoints of a training that is done, and folders that held nothing else."""
+    for saved in checkpoints(out):
+        remove(saved)
+    for folder in (out / CHECKPOINTS, out):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 class Loop:
@@ -232,29 +239,23 @@ class Loop:
     """
 
     def __init__(self, runs: Mapping[str, SAERun], stream: ActivationStream, out: Path, processes: Processes = ALONE):
-        self.processes = processes
-        self.runs, self.stream, self.out = dict(runs), stream, out
+        self.runs, self.stream, self.out, self.processes = dict(runs), stream, out, processes
         self.first = next(iter(self.runs.values()))
         self.spec = self.first.spec
         self.interrupted = False
         self.dead: dict[str, int] = {}  # latents of each run at the last look
         self.warned: set[str] = set()  # runs whose start is wrong
 
-    def last_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint, if there is one."""
-        saved = [path for path in (self.out / CHECKPOINTS).glob("*") if re.fullmatch("[0-9]+", path.name)]
-        return max(saved, key=lambda path: int(path.name), default=None)
-
     def kept(self) -> str:
         """Return the end of a message: which state is safe."""
-        last = self.last_checkpoint()
-        return f"The last good checkpoint is {last}." if last else "There was no checkpoint yet."
+        saved = checkpoints(self.out)
+        return f"The last good checkpoint is {saved[-1]}." if saved else "There was no checkpoint yet."
 
-    def resume(self) -> bool:
-        """Restore the last checkpoint; False when there is none. Raises: DataError when it cannot be read."""
-        last = self.last_checkpoint()
-        if last is None:
-            return False
+    def resume(self) -> None:
+        """Restore the last checkpoint, if there is one. Raises: DataError when it cannot be read."""
+        if not (saved := checkpoints(self.out)):
+            return
+        last = saved[-1]
         try:
             for name, run in self.runs.items():
                 run.load(last / name)
@@ -267,7 +268,6 @@ class Loop:
             raise DataError(
                 f"checkpoint {last} cannot be read ({why:.200}). Remove it, or start over with --overwrite."
             ) from error
-        return True
 
     def fit(self) -> None:
         """Train to the end, or to the next signal, which saves the state and raises KeyboardInterrupt.
@@ -373,7 +373,7 @@ class Loop:
                     run.save(temporary / name)
                 self.stream.save(temporary)
                 torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], temporary / RANDOM_FILE)
-        for old in target.parent.iterdir():
+        for old in checkpoints(self.out):
             if old != target:
                 remove(old)
         for name, run in self.runs.items():

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,6 +340,17 @@ def test_a_pipe_gets_a_line_now_and_then_from_the_first_token(small_spec, tmp_pa
     assert "\r" not in told and "Estimating" not in told
 
 
+def test_a_copy_of_a_checkpoint_stays(small_spec, tmp_path, monkeypatch):
+    out, kept = tmp_path / "out", tmp_path / "out" / "checkpoints" / "1024-copia"
+
+    def copy_the_first(sae):
+        shutil.copytree(out / "checkpoints" / "1024", kept)
+
+    poison(monkeypatch, 3, copy_the_first)
+    train(small_spec.model_copy(update={"training_tokens": 4096, "checkpoint_every_tokens": 1024}), out)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [kept.name] and any(kept.rglob("*.safetensors"))
+
+
 def test_checkpoints_by_time(small_spec, tmp_path, monkeypatch):
     def stop(sae):
         raise MemoryError
@@ -393,7 +405,7 @@ def test_several_saes_on_one_stream_are_what_each_is_alone(small_spec, mini, tra
     with pytest.raises(KeyboardInterrupt, match="saved at 10,752 tokens"):
         first.fit()
     second = group()
-    assert second.resume()
+    second.resume()
     assert [run.start_loss for run in second.runs.values()] == [run.start_loss for run in first.runs.values()]
     second.fit()
     second.finish()
