@@ -27,7 +27,14 @@ from torch import Tensor
 from sae_italian import micro_italiano
 from sae_italian.analysis.latent import codes, token_of
 from sae_italian.analysis.tasks import ioi_pairs, number_pairs, words_for
-from sae_italian.analysis.treebank import encode_words, label_names, micro_treebank, read_words, with_forms
+from sae_italian.analysis.treebank import (
+    category,
+    encode_words,
+    label_names,
+    micro_treebank,
+    read_words,
+    with_forms,
+)
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced, time_bound
 from sae_italian.base.report import OURS, REFERENCE, shown, svg, table
@@ -168,7 +175,7 @@ def carriers(
 ) -> dict[int, Bool[np.ndarray, " d_sae"]]:
     """Return by layer which latents carry a feature (`number`, `gender`) of MicroItaliano's words."""
     bank, forms = with_forms(micro_treebank(documents, seed))
-    values = [name for name in label_names([bank]) if name.partition("=")[0] == feature.capitalize()]
+    values = [name for name in label_names([bank]) if category(name) == feature.capitalize()]
     found, context = {}, getattr(model.config, "max_position_embeddings", 512)
     for layer, sae in by_layer.items():
         words = read_words(model, sae.cfg.metadata.hook_name, bank, [*values, *forms], context_size=context)

@@ -39,17 +39,18 @@ def test_found_among_by_hand():
         assert found_among(np.ones(3), np.full(3, share, dtype=bool), 2) == {"share": share}
 
 
-def test_what_carries_number_is_what_fires_on_words_of_one_number(mini, monkeypatch):
-    """Latent 0 fires on tokens that stand in plural words alone, 1 on everything, 2 on one of those tokens, 3 on nothing."""
+@pytest.mark.parametrize("feature, value, other", [("number", "Plur", "Sing"), ("gender", "Fem", "Masc")])
+def test_what_carries_a_feature_is_what_fires_on_words_of_one_value(mini, monkeypatch, feature, value, other):
+    """Latent 0 fires on tokens that stand in words of the value alone, 1 on everything, 2 on one of those tokens, 3 on nothing."""
     monkeypatch.setattr(treebank, "read_activations", lambda _, tokens, name: tokens[..., None])
-    bank, names = treebank.micro_treebank(80, 7), ["Number=Plur", "Number=Sing"]
+    bank, names = treebank.micro_treebank(80, 7), [f"{feature.capitalize()}={each}" for each in (value, other)]
     words = treebank.read_words(mini, "", bank, names, context_size=512)
     values, often = {}, Counter()
-    for token, (plural, singular) in zip(words.x[:, 0].tolist(), words.labels.toarray(), strict=True):
-        if plural or singular:
-            values.setdefault(token, set()).add("Plur" if plural else "Sing")
+    for token, (is_value, is_other) in zip(words.x[:, 0].tolist(), words.labels.toarray(), strict=True):
+        if is_value or is_other:
+            values.setdefault(token, set()).add(value if is_value else other)
             often[token] += 1
-    some = sorted((token for token, found in values.items() if found == {"Plur"}), key=lambda token: -often[token])
+    some = sorted((token for token, found in values.items() if found == {value}), key=lambda token: -often[token])
     assert len(some) > 10 and often[some[0]] > 5
 
     def fire(_, x):
@@ -58,7 +59,7 @@ def test_what_carries_number_is_what_fires_on_words_of_one_number(mini, monkeypa
 
     monkeypatch.setattr(treebank, "codes", fire)
     sae = random_transcoder(2, d=1, d_sae=4, dtype="float32")
-    assert carriers(mini, {2: sae}, "number", documents=80)[2].tolist() == [True, False, False, False]
+    assert carriers(mini, {2: sae}, feature, documents=80)[2].tolist() == [True, False, False, False]
 
 
 def test_patching_effects_are_the_live_models_own(mistral):  # noqa: F811
