@@ -177,7 +177,7 @@ def test_the_report_holds_every_curve_and_is_the_same_each_time(mini, topk_sae, 
 def test_an_sae_that_is_dead_patches_nothing(mini, topk_sae, pairs):
     dead = copy.deepcopy(topk_sae)
     torch.nn.init.zeros_(dead.W_enc)
-    found = patch_saes(mini, mini.tokenizer, {"dead": dead}, pairs[:2], thresholds=thresholds(3))
+    found = patch_saes(mini, mini.tokenizer, {"dead": dead}, pairs[:5], thresholds=thresholds(3))
     (curve,) = found.curves
     assert curve.n_candidates == 0 and curve.all_patched == curve.unpatched and curve.reached(0.5) is None
     assert "| dead | 0 |" in found.table() and found.svg()
