@@ -58,8 +58,10 @@ class Linear:
         `hooks` names by layer where its transcoder reads, `skips` its W_skip [d_out, d_in] where it has one. With an earlier
         pass `before`, its constants are used in the place of what this one finds, and `added` is written into the residual
         stream at the layers' MLPs (at -1: at the first block's input): reads then move by exactly what the gradients say.
-        Raises: UsageError for a model in half precision, and for a hook that the model does not have.
+        Raises: UsageError for a bridge, for a model in half precision, and for a hook that the model does not have.
         """
+        if hasattr(model, "original_model"):
+            raise UsageError("the model is TransformerLens' bridge; a graph needs the model itself.")
         if model.dtype not in (torch.float32, torch.float64):
             raise UsageError(f"the model is in {model.dtype}; attribution needs float32. Load it with dtype=float32.")
         self.skips, self.added = skips or {}, added or {}
@@ -101,8 +103,7 @@ class Linear:
         return [None if gradient is None else gradient[:, 0] for gradient in found]
 
     def _first(self, x: Tensor) -> Tensor:
-        more = self.added.get(-1)
-        self.leaves.append((x if more is None else x + more.to(x)).detach().requires_grad_())
+        self.leaves.append((x + self.added.get(-1, 0.0)).detach().requires_grad_())
         return self.leaves[0]
 
     def _norm(self, path: str, layer: int | None, module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:

@@ -33,11 +33,13 @@ def check_context(context_size: int, config: Any) -> int:
 
 
 def check_model(model: Any) -> Any:
-    """Return a model of transformers, or its bridge, that has its tokenizer. Raises: UsageError for another one."""
+    """Return a model of transformers, or its bridge without SAEs in it, that has its tokenizer. Raises: UsageError for another."""
     if not (hasattr(model, "config") and hasattr(model, "tokenizer")):
         raise UsageError(
             f"the model is a {type(model).__name__}; give one of transformers, or its bridge, as load_model(name) does."
         )
+    if attached := getattr(model, "acts_to_saes", None):
+        raise UsageError(f"the model has SAEs in it, at {', '.join(attached)}. Take them out: reset_saes().")
     return model
 
 
@@ -57,7 +59,9 @@ def resolve_hook(model: nn.Module, hook_name: str) -> tuple[Hook, nn.Module]:
     hook = parse_hook_name(hook_name, config.num_hidden_layers)
     module = model.get_submodule(hook.module_path(config))
     if module not in _in_one_place:
-        places = [name for name, each in model.named_modules(remove_duplicate=False) if each is module]
+        # a bridge has each part of a block twice, once in the block that it wraps
+        every = model.named_modules(remove_duplicate=False)
+        places = [name for name, each in every if each is module and "_original_component" not in name]
         if len(places) > 1:
             raise UsageError(
                 f"hook {hook.name!r}: this model uses one module as {', '.join(places[:4])}, so its layers cannot be told "
@@ -140,10 +144,6 @@ def logit_lens(model: nn.Module) -> Callable[[Float[Tensor, "n d_model"]], Float
     return lambda d: (centred(d.to(unembed), norm) * gain) @ unembed.T
 
 
-def _never_fired(model: nn.Module, name: str) -> UsageError:
-    return UsageError(f"hook {name!r} never fired in {type(model).__name__}; its module is not used in the forward.")
-
-
 @torch.no_grad()
 def read_many(model: Any, tokens: Int[Tensor, "batch pos"], hook_names: Sequence[str]) -> dict[str, Acts]:
     """Return the activations at several hooks of one forward pass, which stops after the last of them.
@@ -167,7 +167,8 @@ def read_many(model: Any, tokens: Int[Tensor, "batch pos"], hook_names: Sequence
         for name in wanted:
             stack.enter_context(replaced(model, name, partial(catch, name)))
         model(tokens, use_cache=False)
-        raise _never_fired(model, next(name for name in wanted if name not in caught))
+        silent = next(name for name in wanted if name not in caught)
+        raise UsageError(f"hook {silent!r} never fired: its module is not used by {type(model).__name__}.")
     return caught
 
 
@@ -181,17 +182,8 @@ def logits_with_replacement(
     model: nn.Module, tokens: Int[Tensor, "batch pos"], hook_name: str, replace: Callable[[Acts], Acts]
 ) -> Float[Tensor, "batch pos vocab"]:
     """Return the logits of a forward pass in which the activation x at the hook is replaced by `replace(x)`."""
-    fired: list[bool] = []
-
-    def swap(activation: Tensor) -> Tensor:
-        fired.append(True)
-        return replace(activation).to(activation.dtype)
-
-    with replaced(model, hook_name, swap):
-        logits = logits_of(model, tokens)
-    if not fired:
-        raise _never_fired(model, hook_name)
-    return logits
+    with replaced(model, hook_name, lambda x: replace(x).to(x.dtype)):
+        return logits_of(model, tokens)
 
 
 def logits_at(
@@ -261,8 +253,8 @@ def entry_and_edit(model: Any, hook_name: str) -> tuple[str, str]:
 @contextmanager
 def begun_at(model: nn.Module, entry: str, residual: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
     """Begin every forward pass in the block with `residual` at the entry of `entry_and_edit`; earlier blocks are left out."""
-    hook, _ = resolve_hook(model, entry)
-    earlier: list[Any] = [resolve_hook(model, f"blocks.{layer}.hook_resid_pre")[1] for layer in range(hook.layer)]
+    layers = range(resolve_hook(model, entry)[0].layer)
+    earlier: list[Any] = [resolve_hook(model, f"blocks.{layer}.hook_resid_pre")[1] for layer in layers]
     for block in earlier:  # a bridge's block would hand the attribute on, and keep it
         vars(block)["forward"] = lambda hidden_states, *_, **__: hidden_states
     try:

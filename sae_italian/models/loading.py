@@ -225,8 +225,7 @@ def _copy_rotary(model: Any, hooked: Any, context: int) -> None:
     rotary = next((m for m in model.modules() if hasattr(m, "inv_freq") and hasattr(m, "attention_scaling")), None)
     if rotary is None:
         return
-    angles = torch.arange(context, dtype=torch.float32)[:, None] * rotary.inv_freq.float().cpu()[None, :]
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = torch.outer(torch.arange(context, dtype=torch.float32), rotary.inv_freq.float().cpu()).repeat(1, 2)
     for block in hooked.blocks:
         for name, values in (("rotary_sin", angles.sin()), ("rotary_cos", angles.cos())):
             old = getattr(block.attn, name)  # [positions, rotary_dim], which TransformerLens grows

@@ -40,7 +40,7 @@ def text_as_tokens(
 
 
 class _LoudHooks:
-    """Mixin: the three ways of hooking, with names checked before and firing checked after the forward pass."""
+    """Mixin: the ways of hooking, with names checked before and, where a way is one forward pass, firing checked after it."""
 
     hook_dict: Any
     cfg: Any
@@ -54,8 +54,11 @@ class _LoudHooks:
         self._check_fired([name for name in names or () if name not in cache])
         return output, cache
 
+    def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any) -> Any:
+        return super().hooks(*self._listed(fwd_hooks, bwd_hooks), *args, **kwargs)  # pyright: ignore
+
     def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **kwargs: Any) -> Any:
-        self._check_names([name for name, _ in (*fwd_hooks, *bwd_hooks) if isinstance(name, str)])
+        fwd_hooks, bwd_hooks = self._listed(fwd_hooks, bwd_hooks)
         fired: set[int] = set()
 
         def counted(index: int, function: Callable[..., Any], *values: Any, **named: Any) -> Any:
@@ -63,20 +66,25 @@ class _LoudHooks:
             return function(*values, **named)
 
         wrapped = [(name, partial(counted, index, function)) for index, (name, function) in enumerate(fwd_hooks)]
-        output = super().run_with_hooks(*args, fwd_hooks=wrapped, bwd_hooks=list(bwd_hooks), **kwargs)  # pyright: ignore
+        output = super().run_with_hooks(*args, fwd_hooks=wrapped, bwd_hooks=bwd_hooks, **kwargs)  # pyright: ignore
         self._check_fired([str(name) for index, (name, _) in enumerate(fwd_hooks) if index not in fired])
         return output
 
     def add_sae(self, sae: Any, *args: Any, **kwargs: Any) -> None:
         metadata = sae.cfg.metadata
-        attached = set(self._acts_to_saes)  # pyright: ignore
         named = [name for name in (metadata.hook_name, metadata.hook_name_out) if name]
         if not named:
             raise UsageError("the SAE's metadata holds no hook_name; write it into its cfg.json.")
-        self._check_names([name for name in named if name not in attached])
+        self._check_names([name for name in named if name not in self._acts_to_saes])  # pyright: ignore
         super().add_sae(sae, *args, **kwargs)  # pyright: ignore
         if metadata.hook_name not in self._acts_to_saes:  # pyright: ignore
             raise UsageError(f"the SAE could not be attached at {metadata.hook_name!r}.")
+
+    def _listed(self, *hooks: Iterable[Any]) -> list[list[Any]]:
+        """Return hooks as lists, whatever they came in, their names checked."""
+        lists = [list(some) for some in hooks]
+        self._check_names([name for some in lists for name, _ in some if isinstance(name, str)])
+        return lists
 
     def _check_names(self, names: Iterable[str]) -> None:
         known = self.hook_dict

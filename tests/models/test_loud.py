@@ -9,6 +9,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.models import load_model
 from sae_italian.models.activations import logits_with_replacement, read_activations
 from sae_italian.models.loud import LoudHooked
+from sae_italian.saes import check_fits
 
 NAME, OTHER_NAME = "blocks.2.hook_resid_post", "blocks.2.hook_out"
 TOKENS = torch.randint(3, 500, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -48,6 +49,17 @@ def test_run_with_hooks_fires_and_changes_the_output(model, mini):
         assert (model(TOKENS) - mini(TOKENS).logits).abs().max() < 1e-4  # the hook is gone
 
 
+def test_hooks_may_come_from_a_generator(model, mini):
+    """They are looked at twice: a zip was empty by the time it was used, and nothing was hooked, without a word."""
+    expected, hook = logits_with_replacement(mini, TOKENS, NAME, torch.zeros_like), lambda x, hook: torch.zeros_like(x)
+    with torch.no_grad():
+        out = model.run_with_hooks(TOKENS, fwd_hooks=zip([NAME], [hook], strict=True))
+        assert (out - expected).abs().max() < 1e-4
+        with model.hooks(zip([NAME], [hook], strict=True)):
+            assert (model(TOKENS) - expected).abs().max() < 1e-4
+        assert (model(TOKENS) - mini(TOKENS).logits).abs().max() < 1e-4
+
+
 def test_run_with_saes_is_what_replacing_by_the_sae_is(model, mini, topk_sae):
     expected = logits_with_replacement(mini, TOKENS, NAME, topk_sae)
     with torch.no_grad():
@@ -77,6 +89,25 @@ def test_latents_are_cached_under_the_legacy_name(model, mini, topk_sae):
     assert (cache[acts_name] - expected).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(
+    "place", ["hook_resid_post", "hook_attn_out", "hook_mlp_out", "mlp.hook_in", "ln2.hook_normalized"]
+)
+def test_every_site_is_read_and_replaced_in_a_bridge(bridge, mini, place):
+    """A bridge holds its attention and its MLP under two names; that is not one module in several layers."""
+    name = f"blocks.1.{place}"
+    assert (read_activations(bridge, TOKENS, name) - read_activations(mini, TOKENS, name)).abs().max() < 1e-4
+    if place != "ln2.hook_normalized":
+        found, expected = (logits_with_replacement(each, TOKENS, name, lambda x: 0.5 * x) for each in (bridge, mini))
+        assert (found - expected).abs().max() < 1e-4
+
+
+def test_a_bridge_with_saes_in_it_is_not_measured(bridge, topk_sae):
+    """What is read behind an SAE is its own output: the card of the second time was another SAE's."""
+    with bridge.saes(saes=[topk_sae]), pytest.raises(UsageError, match=f"SAEs in it, at {NAME}. Take them out"):
+        check_fits(topk_sae, bridge)
+    assert check_fits(topk_sae, bridge) == NAME
+
+
 def test_the_bridge_knows_both_names_and_they_are_one_hook(bridge):
     hooks = bridge.hook_dict
     assert hooks[NAME] is hooks[OTHER_NAME]
@@ -88,6 +119,8 @@ def test_a_name_the_model_does_not_have_is_an_error(model, name):
         model.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda x, hook: x)])
     with pytest.raises(UsageError, match="is not in this model"):
         model.run_with_cache(TOKENS, names_filter=[NAME, name])
+    with pytest.raises(UsageError, match="is not in this model"), model.hooks([(name, lambda x, hook: x)]):
+        pass  # the bridge's own leaves it out
 
 
 def test_a_hook_that_never_fires_is_an_error(model):
