@@ -191,8 +191,7 @@ def latents_first(W_enc: Tensor) -> Tensor:
 def sparse_acts(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
     """Return the activations [batch, d_sae] as a sparse tensor."""
     batch, k = indices.shape
-    tokens = torch.arange(batch, device=indices.device).repeat_interleave(k)
-    where = torch.stack([tokens, indices.flatten()])
+    where = torch.stack([torch.arange(batch, device=indices.device).repeat_interleave(k), indices.flatten()])
     return torch.sparse_coo_tensor(where, values.flatten(), (batch, d_sae), check_invariants=False)
 
 

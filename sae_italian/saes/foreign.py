@@ -119,8 +119,7 @@ def check_shapes(state: State, config: Config, file: object) -> None:
         if not isinstance(size, int | float if name == "k" else int) or size <= 0:
             raise DataError(f"the configuration of {file} has {name} {size!r}; it must be a number above 0.")
     if sizes["k"] > d_sae:
-        told = f"k {sizes['k']:,}, more than its {d_sae:,} latents (d_sae)"
-        raise DataError(f"the configuration of {file} has {told}.")
+        raise DataError(f"the configuration of {file} has k {sizes['k']:,}, more than its {d_sae:,} latents (d_sae).")
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     for name, shape in (shapes | {"W_skip": (d_out, d_in), "threshold": (d_sae,)}).items():
         found = tuple(state[name].shape) if name in state else shape
@@ -139,11 +138,9 @@ def _own(folder: Path, device: str, overrides: Config) -> Found:
 
     config = get_sae_lens_config_from_disk(folder, device, overrides)
     if (name := config["architecture"]) not in SAE_CLASS_REGISTRY:
-        known = ", ".join(sorted(SAE_CLASS_REGISTRY))
         if name in SAE_TRAINING_CLASS_REGISTRY:
-            what = f"a checkpoint of a training ({name}); end it: sae-italian train RUN --resume"
-            raise DataError(f"{folder} is {what}.")
-        raise DataError(f"{folder}/cfg.json: unknown architecture {name!r}; there are {known}.")
+            raise DataError(f"{folder} is a checkpoint of a training ({name}); end it: sae-italian train RUN --resume.")
+        raise DataError(f"{folder}/cfg.json: unknown architecture {name!r}; there are {', '.join(SAE_CLASS_REGISTRY)}.")
     if (folder / SAELENS_WEIGHTS).is_file():
         return sae_lens_disk_loader(folder, device, overrides)
     return config, read_tensors(folder / SAELENS_WEIGHTS, device, config)
@@ -230,8 +227,7 @@ def _sparsify_config(folder: Path, device: str, overrides: Config) -> Config:
         hook_name = parse_hook_name(re.sub(r"^layers_([0-9]+)$", r"layers.\1", folder.name)).name
     except UsageError as error:
         if folder.name != "embed_tokens":
-            message = f"sparsify hookpoint {folder.name!r} is not a block, an attention or an MLP: {error}"
-            raise UsageError(message) from error
+            raise UsageError(f"sparsify hookpoint {folder.name!r} is not a block, attention or MLP: {error}") from error
         hook_name = "hook_embed"
     metadata = {
         "model_name": run.get("model"),
@@ -326,7 +322,5 @@ FORMATS = (
     LLAMA_SCOPE,
     Format(("config.json", SAELENS_WEIGHTS), _OPENMOSS),
     Format(("config.json", "ae.pt"), _DICTIONARY),
-    Format(
-        ("params.npz",), _GEMMA_SCOPE, hint="Keep Gemma Scope's names: gemma-scope-2b-pt-res/layer_12/width_16k/..."
-    ),
+    Format(("params.npz",), _GEMMA_SCOPE, hint="Keep Gemma Scope's names: gemma-scope-2b-pt-res/layer_12/..."),
 )

@@ -93,7 +93,7 @@ def open_sae(sae: Any, model: Any = None, corpus: str | Path | None = None) -> t
     """
     if isinstance(sae, str | Path):
         sae = load_sae(sae, device=str(getattr(model, "device", "auto")))
-    corpus = corpus or sae.cfg.metadata.dataset_path
+    corpus = corpus or metadata_of(sae).dataset_path
     if not corpus:
         raise UsageError("the SAE's metadata does not name its corpus; give one (--corpus).")
     return sae, model_of(sae, model), str(corpus)
@@ -101,10 +101,10 @@ def open_sae(sae: Any, model: Any = None, corpus: str | Path | None = None) -> t
 
 def model_of(sae: Any, model: Any = None) -> Any:
     """Return a model: itself, or that of a name, or the one the SAE names, on a GPU as precise as in training. Raises: UsageError."""
-    model = model or sae.cfg.metadata.model_name
+    model = model or metadata_of(sae).model_name
     if not model:
         raise UsageError("the SAE's metadata does not name its model; give one (--model).")
-    kind = str((sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("dtype")).removeprefix("torch.")
+    kind = str((metadata_of(sae).model_from_pretrained_kwargs or {}).get("dtype")).removeprefix("torch.")
     dtype = kind if kind in DTYPES and device_of("auto") != "cpu" else "float32"
     return load_model(model, dtype=dtype) if isinstance(model, str) else model
 
@@ -130,9 +130,16 @@ def weights_hash(sae: Any) -> str:
 # --- the doors --------------------------------------------------------------------------------------------------------
 
 
+def metadata_of(sae: Any) -> Any:
+    """Return the metadata of an SAE of SAELens. Raises: UsageError for what is none."""
+    if not hasattr(getattr(sae, "cfg", None), "metadata"):
+        raise UsageError(f"the SAE is a {type(sae).__name__}; give one of SAELens, as load_sae(name) returns.")
+    return sae.cfg.metadata
+
+
 def hooks_of(sae: Any) -> tuple[str, str]:
     """Return the hook the SAE reads and the one it writes; the same for all but transcoders. Raises: UsageError."""
-    metadata = sae.cfg.metadata
+    metadata = metadata_of(sae)
     names = metadata.hook_name, metadata.hook_name_out or metadata.hook_name
     if not all(isinstance(name, str) and name for name in names):
         raise UsageError("the SAE's metadata holds no hook_name; write it into its cfg.json under metadata.hook_name.")
@@ -148,12 +155,16 @@ def vocabulary_hash(tokenizer: Any) -> str:
 def check_fits(sae: Any, model: Any, *, writes: bool = False) -> str:
     """Return the SAE's hook name if it can be used on the model as it is; with `writes`, also if its output can be put in.
 
-    Checked are its weights (finite, of the shapes that the config says), that the scale of its input is folded in, its
-    hooks with their widths, and the tokenizer: its tokens are those of the training (where ours noted them), no more than
-    the model has.
+    Checked are its weights (finite, of the shapes that the config says), that it is no BatchTopK in training, that the scale
+    of its input is folded in, its hooks with their widths, and the tokenizer: its tokens are those of the training (where
+    ours noted them), no more than the model has.
     Raises: UsageError, with what to do.
     """
     check_sae(sae)
+    if type(getattr(sae, "activation_fn", None)).__name__ == "BatchTopK":
+        raise UsageError(
+            "the SAE is in training, its latents depend on the batch. Load what sae.save_inference_model(folder) writes."
+        )
     mode = getattr(sae.cfg, "normalize_activations", "none")
     if mode in ("expected_average_only_in", "covariance_whitening"):
         raise UsageError(
@@ -171,7 +182,7 @@ def check_sae(sae: Any, name: str = "the SAE") -> None:
     """
     from sae_italian.saes.foreign import check_shapes
 
-    tensors = getattr(sae, "state_dict", dict)()  # what only acts like an SAE has none
+    metadata, tensors = metadata_of(sae), getattr(sae, "state_dict", dict)()  # what only acts like an SAE has none
     for key, tensor in tensors.items():
         if n := int((~tensor.isfinite()).sum()):
             raise DataError(
@@ -180,7 +191,7 @@ def check_sae(sae: Any, name: str = "the SAE") -> None:
             )
     check_shapes(tensors, vars(sae.cfg), name)
     for key, kind in {"model_name": str, "dataset_path": str, "context_size": int}.items():
-        value = sae.cfg.metadata[key]
+        value = metadata[key]
         if not isinstance(value, kind | None) or (kind is int and value is not None and value < 2):
             told = "a name" if kind is str else "a number of tokens, 2 or more,"
             raise DataError(f"{name} cannot be used: metadata.{key} in its cfg.json is {value!r}; {told} was expected.")

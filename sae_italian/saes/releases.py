@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sae_italian.saes.foreign import Format
 
 LLAMA_SCOPE_MODEL = "meta-llama/Llama-3.1-8B"
-
 # Of a release: `repo_id`, `model`, `saes` (by id, the folder of the repository it lies in), and these; None is not known.
 UNSAID = {"d_sae": None, "k": None, "site": None, "licence": "see its page", "note": "as SAELens loads it"}
 
@@ -136,9 +135,8 @@ def _load(
 ) -> Any:
     """Return (config, state dict, None), or the config alone where not the `whole` is asked for."""
     repo_id, _, revision = repo_id.partition("@")
-    only = "" if whole else form.files[0]
+    only, read = ("", form.read) if whole else (form.files[0], form.config_of)
     folder, commit = snapshot(repo_id, folder_name, revision or None, only=only, force_download=force_download)
-    read = form.read if whole else form.config_of
     found: Any = read(folder, device, cfg_overrides or {})
     metadata = (found[0] if whole else found)["metadata"]
     metadata |= {"repo_id": repo_id, "revision": commit}

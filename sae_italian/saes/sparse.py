@@ -284,8 +284,7 @@ def _scattered(weights: Tensor, indices: Tensor, like: Tensor) -> Tensor:
 
 def has_csr(tensor: Tensor) -> bool:
     """Whether PyTorch has sparse matrix products for this tensor that are faster than its embedding bags, as a GPU has not."""
-    known = tensor.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available()
-    return tensor.device.type == "cpu" and known
+    return tensor.device.type == "cpu" and tensor.dtype.itemsize >= 4 and torch.backends.mkl.is_available()
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -4,10 +4,11 @@ import copy
 import shutil
 
 import pytest
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 
 import sae_italian
 from sae_italian.base.errors import UsageError
-from sae_italian.saes import load_sae
+from sae_italian.saes import check_fits, load_sae
 
 
 def test_a_folder_is_enough(trained_sae, mini, tmp_path, monkeypatch):
@@ -20,6 +21,28 @@ def test_a_folder_is_enough(trained_sae, mini, tmp_path, monkeypatch):
     cache = sae_italian.FeatureCache.open(folder)
     assert str(folder) == "caches/x" and cache.manifest.sae == str(tmp_path / "runs" / "x")
     assert cache.manifest.corpus == "micro-italiano" and cache.manifest.model == "sae-italian-mini"
+
+
+@pytest.mark.parametrize("given", [None, 3, {"a": "runs/x"}, ("runs/x", {}, None)])
+def test_what_is_no_sae_is_told_so(mini, small_cache, given):
+    what = f"the SAE is a {type(given).__name__}; give one of SAELens"
+    for use in (
+        lambda: sae_italian.evaluate(given, mini),
+        lambda: sae_italian.build_cache(given, mini, "micro-italiano"),
+        lambda: check_fits(given, mini),
+        lambda: sae_italian.FeatureCache.open(small_cache, sae=given or "runs/x"),
+    ):
+        with pytest.raises(UsageError, match=what if given else "the SAE is a (NoneType|str); give"):
+            use()
+
+
+def test_a_batchtopk_in_training_is_not_measured(mini):
+    """SAELens' runner returns it; its latents of a token depend on the others of the batch, and are not those it is saved with."""
+    d_in = mini.config.hidden_size
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=d_in, d_sae=64, k=4))
+    sae.cfg.metadata.hook_name = "blocks.2.hook_resid_post"
+    with pytest.raises(UsageError, match="in training, its latents depend on the batch.*save_inference_model"):
+        sae_italian.evaluate(sae, mini, "micro-italiano")
 
 
 def test_what_the_metadata_does_not_say_is_asked_for(trained_sae, mini):
