@@ -95,8 +95,8 @@ class GoldWords:
                 kind = tuple(word.labels.items()), tuple(dict.fromkeys(inside)), gold.register
                 kind_of_word.append(kinds.setdefault(kind, len(kinds)))
         found = [_labels(dict(labels), *rest) for labels, *rest in kinds]
-        every = dict.fromkeys(chain.from_iterable(found))
-        self.names = {key: i for i, key in enumerate(every)}  # (category, label) -> column
+        # (category, label) -> column
+        self.names = {key: i for i, key in enumerate(dict.fromkeys(chain.from_iterable(found)))}
         ones = [(kind, self.names[key]) for kind, keys in enumerate(found) for key in keys]
         self.labels = zeros_and_ones(ones, (len(found), len(self.names)))[kind_of_word]
 
@@ -109,8 +109,8 @@ class GoldWords:
             tokens = pd.DataFrame({"word": word, "latent": latent, "value": found.data})
             parts.append(tokens[tokens.word >= 0].groupby(["word", "latent"], as_index=False).max())
         found = pd.concat(parts)
-        shape = len(self.doc_of_word), d_sae
-        return scipy.sparse.csr_array((found.value, (found.word, found.latent)), shape=shape)
+        where = found.word, found.latent
+        return scipy.sparse.csr_array((found.value, where), (len(self.doc_of_word), d_sae))
 
 
 def _labels(labels: dict[str, str], constructions: Sequence[str], register: str) -> list[tuple[str, str]]:
@@ -144,11 +144,8 @@ def gold_table(cache: FeatureCache) -> list[GoldResult]:
     every = detection_counts(said, labels[report][:, columns])
     counts = np.diagonal(every, axis1=1, axis2=2)  # of each label's own latent
     names = [list(words.names)[column] for column in columns]
-    numbers = zip(n_report[columns].astype(int), latents, threshold, *counts, strict=True)
-    results = [
-        GoldResult(label, category, *(number.item() for number in row))
-        for (category, label), row in zip(names, numbers, strict=True)
-    ]
+    rows = zip(names, n_report[columns].astype(int), latents, threshold, *counts, strict=True)
+    results = [GoldResult(label, kind, *(number.item() for number in row)) for (kind, label), *row in rows]
     return sorted(results, key=lambda result: (result.category, -result.f1, result.label))
 
 
@@ -177,8 +174,7 @@ class Languages(NamedTuple):
 
     def share(self, name: str) -> Estimate:
         """Return the share of live latents that are a language's own, with Wilson's interval over latents."""
-        live = int((self.probability.max(axis=0) >= LEAST_PROBABILITY).sum())
-        return wilson(len(self.latents(name)), live)
+        return wilson(len(self.latents(name)), int((self.probability.max(axis=0) >= LEAST_PROBABILITY).sum()))
 
     def labels(self) -> list[Label]:
         """Return rows for the store: precision is the language's share of the probability, recall the probability."""
@@ -204,8 +200,8 @@ class Languages(NamedTuple):
 
     def save(self, folder: Path) -> None:
         """Write languages.json: the languages, and only where a time bound has cut something short, that beside them."""
-        cut = cut_short()
-        write_json(folder / "languages.json", self.as_dict() | ({"cut_short": cut} if cut else {}))
+        more = {"cut_short": cut} if (cut := cut_short()) else {}
+        write_json(folder / "languages.json", self.as_dict() | more)
 
     def table(self) -> str:
         """Return a Markdown table, one row per language."""

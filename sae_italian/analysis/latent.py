@@ -138,16 +138,18 @@ class Ablated(NamedTuple):
 
 
 class _Prompt:
-    """A latent on a prompt before anything is edited.
+    """A latent on a prompt, its BOS by the tokenizer's own rule, before anything is edited.
 
     Raises: UsageError for an unknown latent, an empty prompt, one beyond the model's positions, and as `edit_hooks`.
     """
 
     def __init__(self, model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, n_new_tokens: int = 0):
         self.model, (self.hook_in, self.hook_out) = model, edit_hooks(sae, model)
+        if not hasattr(latent, "__index__"):
+            raise UsageError(f"latent is {latent!r}; a whole number from 0 to {sae.cfg.d_sae - 1} is one.")
         self.direction: Float[Tensor, " d_out"] = written_directions(sae, [latent])[0].to(model.device, torch.float32)
-        ids: Any = tokenizer(prompt, return_tensors="pt").input_ids  # BOS by the tokenizer's own rule
-        self.tokens: Int[Tensor, "1 pos"] = ids.to(model.device)
+        encoded: Any = tokenizer(prompt, return_tensors="pt")
+        self.tokens: Int[Tensor, "1 pos"] = encoded.input_ids.to(model.device)
         if not prompt.strip() or self.tokens.numel() == 0:
             raise UsageError("the prompt is empty. Give some text.")
         check_context(self.tokens.shape[1] + n_new_tokens, model.config)
@@ -178,12 +180,11 @@ def ablate(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, top: 
     texts, activations = token_text(tokenizer, start.tokens[0].tolist()), start.activation.tolist()
     positions: list[AblatedPosition] = []
     if len(active):
-        amount = start.activation[active]
-        silenced = amount != 0
+        amount, silenced = start.activation[active], torch.ones_like(active, dtype=torch.bool)
         if start.hook_in == start.hook_out:
             amount, silenced = _silencing(sae, start.x[active], latent, start.direction)
         added = torch.zeros(len(active), len(texts), len(start.direction), device=amount.device)
-        added[torch.arange(len(active)), active] = -amount[:, None] * start.direction
+        added[torch.arange(len(active)), active] = (-amount[:, None] * start.direction).to(added)
         clean = logits_at(model, start.tokens, start.activation[None] != 0).float()
         edited = start.logits(added, active)
         log_p, log_q = clean.log_softmax(-1), edited.log_softmax(-1)
@@ -293,14 +294,13 @@ def steer(
     last = torch.full((len(added),), start.tokens.shape[1] - 1, device=added.device)
     first = start.logits(added * start.keep[:, None], last).log_softmax(-1)
     divergence = (first.exp() * (first - first[0])).sum(-1).tolist()
-    settings: dict[str, Any] = {"max_new_tokens": n_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    settings: dict[str, Any] = {"max_new_tokens": n_new_tokens, "do_sample": temperature > 0, **drawn}
     # rows that are sampled are written one at a time, so that each has the draws that it would have alone
     rows = added.split(1 if temperature > 0 else len(added))
     pace = Pace("texts", n_new_tokens * len(rows), "step")
     with pace.bar:
-        written = [new for part in rows for new in _write(start, part, tokenizer.eos_token_id, seed, pace, **settings)]
+        written = [new for part in rows for new in _write(start, part, tokenizer, seed, pace, **settings)]
     before = start.tokens[0].tolist()
     log_p = continuation_log_probs(partial(logits_at, model), [(before, new) for new in written]).tolist()
 
@@ -317,24 +317,26 @@ def steer(
 
 
 def _write(
-    start: _Prompt, added: Float[Tensor, "batch 1 d"], eos: int | None, seed: int, pace: Pace, **settings: Any
+    start: _Prompt, added: Float[Tensor, "batch 1 d"], tokenizer: Any, seed: int, pace: Pace, **more: Any
 ) -> list[list[int]]:
-    """Return the new tokens of each row, up to the EOS, which counts as written; `settings` are those of `generate`."""
+    """Return the new tokens of each row, up to the EOS, which counts as written; `more` is for `generate`."""
+    keep, eos = start.keep[None], tokenizer.eos_token_id  # of what is read next
 
-    def add(x: Tensor) -> Tensor:  # the prompt at once, then a token at a time
-        return x + (added * start.keep[:, None] if x.shape[1] == len(start.keep) else added).to(x)
+    def add(x: Tensor) -> Tensor:
+        return x + (added * keep[..., None]).to(x)
 
     def over(some: Tensor, *_: Any, **__: Any) -> Tensor:
+        nonlocal keep
+        keep = ~special(some[:, -1:], tokenizer)
         return torch.full((len(some),), pace.step(), device=some.device)
 
     rows = start.tokens.expand(len(added), -1)
     with replaced(start.model, start.hook_out, add), torch.random.fork_rng():
         torch.manual_seed(seed)
-        settings |= {"attention_mask": torch.ones_like(rows), "eos_token_id": eos, "pad_token_id": eos or 0}
+        more |= {"attention_mask": torch.ones_like(rows), "eos_token_id": eos, "pad_token_id": eos or 0}
         generate = getattr(start.model, "hf_generate", start.model.generate)  # a bridge's own takes no criteria
-        written = generate(rows, stopping_criteria=[over], **settings)
-    new = written[:, rows.shape[1] :].tolist()
-    return [row[: row.index(eos) + 1] if eos in row else row for row in new]
+        written = generate(rows, stopping_criteria=[over], **more)
+    return [row[: row.index(eos) + 1] if eos in row else row for row in written[:, rows.shape[1] :].tolist()]
 
 
 def repeat_rate(tokens: Sequence[int]) -> float:

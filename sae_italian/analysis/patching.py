@@ -50,7 +50,7 @@ def patch_inputs(tokenizer: Any, model: Any, pairs: Sequence[Any]) -> PatchInput
 
     Raises: UsageError when there are none, when the two of a pair have different numbers of tokens, or one is too long.
     """
-    if not pairs:
+    if not (pairs := list(pairs)):
         raise UsageError("there are no pairs to patch. Give at least one.")
     sides = [[torch.tensor(tokenizer(pair[side]).input_ids) for pair in pairs] for side in (0, 1)]
     for pair, one, two in zip(pairs, *sides, strict=True):

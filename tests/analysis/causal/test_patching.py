@@ -39,7 +39,7 @@ def ids(mini, text):
 
 
 def test_patching_a_run_with_itself_changes_nothing(mini, identity_sae, pairs):
-    same = patch_inputs(mini.tokenizer, mini, [(pair.base, pair.base) for pair in pairs])
+    same = patch_inputs(mini.tokenizer, mini, ((pair.base, pair.base) for pair in pairs))
     patcher = Patcher(mini, identity_sae, same)
     assert len(patcher.candidates) == 0
     assert patcher.unpatched.abs().max() < 1e-6 and patcher.patched_kl().abs().max() < 1e-6

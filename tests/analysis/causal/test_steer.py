@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from sae_italian.analysis.latent import ablate, repeat_rate, steer, written_directions
+from sae_italian.analysis.latent import ablate, repeat_rate, steer, token_text, written_directions
 from sae_italian.base.errors import UsageError
 from sae_italian.base.report import plain
 from sae_italian.models.activations import logits_with_replacement, read_activations
@@ -21,10 +21,9 @@ def tokens(mini):
 
 
 def by_hand(mini, tokens, direction, strength, n):
-    """Write greedily without a cache, the BOS left alone."""
-    keep = torch.ones(1)
+    """Write greedily without a cache, special tokens left alone."""
     for _ in range(n):
-        keep = (tokens != mini.tokenizer.bos_token_id)[..., None]
+        keep = ~torch.isin(tokens, torch.tensor(mini.tokenizer.all_special_ids))[..., None]
         logits = logits_with_replacement(mini, tokens, HOOK, lambda x, keep=keep: x + strength * direction * keep)
         tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
     return tokens
@@ -49,6 +48,18 @@ def test_what_is_written_is_what_adding_the_direction_gives(mini, topk_sae, toke
         assert continuation.cost == pytest.approx(found.unsteered.log_prob - continuation.log_prob, abs=1e-6)
     assert found.steered[0].text != found.unsteered.text and found.unsteered.divergence == pytest.approx(0, abs=1e-5)
     json.dumps(plain(found))
+
+
+def test_a_special_token_that_is_written_is_left_alone(mini, topk_sae, tokens, monkeypatch):
+    """As the tokens of the prompt are; the model writes one between two documents."""
+    bos, direction = mini.tokenizer.bos_token_id, written_directions(topk_sae, [7])[0]
+    plainly = by_hand(mini, tokens, direction, 12.0, 6)[0]
+    often = plainly[tokens.shape[1] :].mode().values.item()
+    monkeypatch.setattr(type(mini.tokenizer), "all_special_ids", property(lambda _: [bos, often]), raising=False)
+    written = by_hand(mini, tokens, direction, 12.0, 6)[0]
+    assert written.tolist() != plainly.tolist()
+    found = steer(mini, mini.tokenizer, topk_sae, PROMPT, 7, [12.0], 6).steered[0]
+    assert found.tokens == tuple(token_text(mini.tokenizer, written[tokens.shape[1] :].tolist()))
 
 
 def test_a_row_is_written_as_if_it_were_alone(mini, topk_sae):
@@ -127,6 +138,15 @@ def test_a_latent_that_no_push_silences_says_so(mini, identity_sae):
     assert all(place.amount == pytest.approx(place.activation) for place in found.positions)
 
 
+def test_a_latent_of_an_sae_in_any_precision_is_ablated(mini, identity_sae):
+    expected = ablate(mini, mini.tokenizer, identity_sae, PROMPT, 5).positions
+    for dtype in (torch.float64, torch.bfloat16):
+        sae = copy.deepcopy(identity_sae).to(dtype)
+        sae.dtype = dtype
+        found = ablate(mini, mini.tokenizer, sae, PROMPT, 5).positions
+        assert [place.amount for place in found] == pytest.approx([place.amount for place in expected], rel=0.02)
+
+
 def test_a_silent_latent_has_no_positions(mini, identity_sae):
     sae = copy.deepcopy(identity_sae)
     sae.b_enc.data[5] = -1e6
@@ -138,6 +158,8 @@ def test_a_silent_latent_has_no_positions(mini, identity_sae):
     [
         ((PROMPT, 300, [1.0]), "latents 0 to 299"),
         ((PROMPT, -1, [1.0]), "latents 0 to 299"),
+        ((PROMPT, 1.0, [1.0]), "latent is 1.0; a whole number, 0 to 299"),
+        ((PROMPT, "1", [1.0]), "latent is '1'; a whole number"),
         ((PROMPT, 1, []), "at least one finite strength"),
         ((PROMPT, 1, [1.0, float("inf")]), "at least one finite strength"),
         ((PROMPT, 1, [1.0], 0), "one new token"),
