@@ -84,8 +84,7 @@ class Live:
         of pieces on which it is active. Special tokens are read past, as in the cache.
         """
         limit = min(MAX_TOKENS, self.positions)
-        sentence = storable(sentence)
-        encoded = self.tokenizer(sentence, return_offsets_mapping=True)
+        encoded = self.tokenizer(sentence := storable(sentence), return_offsets_mapping=True)
         ids = np.array(encoded["input_ids"][:limit], dtype=np.int64)
         silent = special_mask(ids[None], self.tokenizer)[0]
         if silent.all():
@@ -118,8 +117,8 @@ class Live:
         """Return continuations with and without the latent; a strength of 1 is its largest activation in the cache."""
         self._fits(prompt, NEW_TOKENS)
         unit = float(self.maximum[latent]) or 1.0
-        found = steer(self.model, self.tokenizer, self.sae, prompt, latent, strengths, NEW_TOKENS, unit=unit)
-        return plain(found)
+        how: Any = prompt, latent, strengths, NEW_TOKENS
+        return plain(steer(self.model, self.tokenizer, self.sae, *how, unit=unit))
 
     def ablate(self, latent: int, prompt: str) -> dict[str, Any]:
         """Return where the latent is active in the prompt, and the next tokens that change when it is taken away."""
@@ -153,8 +152,8 @@ class Live:
         if self.llm is not None and rule.status == "ok":
             examples = self._work.examples(latent, n_test=0, promoted=self._work.promoted(latent))
             found.append(ask_llm(self.llm, examples, self._ledger))
-        not_kept = keep(self.cache.folder / STORE_FILE, self._work, found)
         shown = [_shown(explanation) for explanation in found if explanation.explainer != LOOKUP]
+        not_kept = keep(self.cache.folder / STORE_FILE, self._work, found)
         return {"latent": latent, "explanations": shown, "not_kept": not_kept}
 
     @cached_property

@@ -160,9 +160,9 @@ def open_pages(
     `weights` are `sae` and `model` where the caller holds them, or nothing where none are to be loaded; else they are
     loaded by these names or the cache's own. `compare` is the cache of another SAE, `other_sae` the name of that;
     `encoder` is that of `encode`, for a search by meaning.
-    Raises: UsageError when there is no such cache, as `loaded`, and as `match_latents`.
+    Raises: UsageError when there is no such cache or it is another SAE's, as `loaded`, and as `match_latents`.
     """
-    cache = FeatureCache.open(folder)
+    cache = FeatureCache.open(folder, sae=(weights or {}).get("sae"))
     if weights is None:
         weights = loaded(cache, sae_name, model_name)
     sae, model = weights.get("sae"), weights.get("model")

@@ -140,8 +140,7 @@ def latents_of(sentence: str, rows: Sequence[Row]) -> list[Row]:
         pages = open_pages(cache.folder, weights={"sae": sae, "model": model}, live=True)
         said = pages.live.call("tokens", {"sentence": sentence}) if pages.live else {"strongest": []}
         fired = [own for own in said["strongest"] if own["share"]]  # none for a latent that the cache never saw fire
-        best = sorted(fired, key=lambda own: -own["share"])[:PER_SAE]
-        for own in best:
+        for own in sorted(fired, key=lambda own: -own["share"])[:PER_SAE]:
             told = pages.source.row(own["latent"])
             names = {f"title_{lang}": told[f"title_{lang}"] or told[f"explanation_{lang}"] for lang in ("it", "en")}
             piece = said["tokens"][own["token"]]["text"].strip()

@@ -32,15 +32,17 @@ def show(
     llm: LLMSettings | None = None,
     plain: bool = False,
     compare: str | Path | None = None,
-    **weights: Any,
+    sae: Any = None,
+    model: Any = None,
 ) -> Any:
     """Return what a notebook shows of a cache: the list of its latents, or the card of one.
 
     A widget where anywidget is installed (the extra `notebook`), else, or with `plain`, a page of HTML without scripts.
-    `live` loads the cache's SAE and model for live work, where they are at hand; `weights` are `sae` and `model` where
-    the caller holds them already. `compare` is the cache of another SAE, whose best match stands below a latent's card.
-    Raises: UsageError when there is no such cache or latent, or the two SAEs cannot be compared.
+    `live` loads the cache's SAE and model for live work, where they are at hand, unless the caller has given the `sae` or
+    the `model` that it holds already. `compare` is the cache of another SAE, whose best match stands below a latent's card.
+    Raises: UsageError when there is no such cache or latent, the SAE given is not the cache's, or two cannot be compared.
     """
+    weights = {name: given for name, given in (("sae", sae), ("model", model)) if given is not None}
     if latent is not None:
         FeatureCache.open(cache_path).range_of(latent)
     if plain or find_spec("anywidget") is None:

@@ -71,6 +71,9 @@ class FeatureCache:
                 raise DataError(f"{self.folder / file} does not hold {length:,} {name}, as the manifest says it does.")
         return arrays
 
+    def __fspath__(self) -> str:  # a cache is taken wherever its path is
+        return str(self.folder)
+
     def __repr__(self) -> str:
         made = self.manifest
         return (
@@ -104,13 +107,14 @@ class FeatureCache:
         if not manifest.complete:
             raise UsageError(f"{folder} is an unfinished cache; run `sae-italian cache build` again with --resume.")
         if sae is not None:
-            other = f"{folder} was built with another SAE ({manifest.sae}); its"
-            if weights_hash(sae) != manifest.sae_hash:
-                raise UsageError(f"{other} weights hash differs.")
-            if manifest.sae_config_hash and layout.config_hash(sae) != manifest.sae_config_hash:
-                raise UsageError(f"{other} configuration differs.")
-            if (hook := hooks_of(sae)[0]) != manifest.hook_name:
-                raise UsageError(f"{other} hook_name is {hook!r}, the cache has {manifest.hook_name!r}.")
+            hook, config = hooks_of(sae)[0], manifest.sae_config_hash
+            differs = {
+                "weights hash differs": weights_hash(sae) != manifest.sae_hash,
+                "configuration differs": config and layout.config_hash(sae) != config,
+                f"hook_name is {hook!r}, the cache has {manifest.hook_name!r}": hook != manifest.hook_name,
+            }
+            if what := next(filter(differs.get, differs), None):
+                raise UsageError(f"{folder} was built with another SAE ({manifest.sae}); its {what}.")
         cache = cls(folder, manifest)
         if tokenizer is not None:
             cache.check_tokenizer(tokenizer)
@@ -184,9 +188,7 @@ class FeatureCache:
 
     def document(self, index: int) -> TextDocument:
         if not (isinstance(index, Integral) and 0 <= index < self.n_documents):
-            raise UsageError(
-                f"document {index!r} does not exist: this cache has documents 0 to {self.n_documents - 1}."
-            )
+            raise UsageError(f"document {index!r} does not exist: this cache has 0 to {self.n_documents - 1}.")
         return TextDocument(*(self._string(name, index) for name in ("text", "doc_id", "source")))
 
     def documents_read(self) -> int:

@@ -99,6 +99,16 @@ def test_without_live_work_a_message_says_why(shown):
         PageAnswers(shown.answers.source)("tokens", {"sentence": "a"})
 
 
+def test_a_cache_is_shown_by_itself_and_another_sae_beside_it_is_refused(folder, mini, trained_sae, topk_sae):
+    pytest.importorskip("anywidget", reason="needs the notebook extra")
+    assert show(FeatureCache.open(folder), 3, live=False).latent == 3
+    for plain in (False, True):
+        with pytest.raises(UsageError, match="built with another SAE"):
+            show(folder, 3, sae=topk_sae, model=mini, plain=plain)
+    with pytest.raises(TypeError, match="saes"):  # a name that is not there was taken for weights, and left
+        show(folder, 3, saes=load_sae(trained_sae))
+
+
 def test_plain_html_is_harmless(shown):
     row, card = dict(shown.answers.source.row(3)), dict(shown.answers.source.card(3))
     row |= {"explanation_it": SCRIPT + RTL + CONTROL, "explanation_en": LONG_WORD, "max": 1.0}
