@@ -152,6 +152,7 @@ class LatentActivations:
             raise UsageError(f"window kind {kind!r} is unknown. {nearest(kind, KINDS)}")
         check_whole(0, n=n, seed=seed)
         check_whole(1, width=width, bins=bins)
+        n, width = int(n), min(int(width), self.cache.manifest.context_size)
         rng = np.random.default_rng([seed, self.latent, KINDS.index(kind)])
         seen: set[Any] = set()
         if kind == "top":

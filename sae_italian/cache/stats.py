@@ -78,7 +78,7 @@ def _range_columns(cache: FeatureCache, acts: Csr, n_of_token: Int[np.ndarray, "
     n, count = acts.shape[0], np.diff(acts.indptr).astype(np.int64)
     row = np.repeat(np.arange(n), count)
     largest = acts.max(axis=1).toarray().ravel().astype(np.float64)
-    total = _sums(row, acts.data, n)
+    total = np.bincount(row, acts.data, minlength=n).astype(np.float64)  # of nothing, the sums are integers
     return {
         "count": count,
         "density": count / n_of_token.sum(),
@@ -89,11 +89,6 @@ def _range_columns(cache: FeatureCache, acts: Csr, n_of_token: Int[np.ndarray, "
         **_places(cache, acts.indices, row, np.maximum(count, 1)),
         **_token_columns(cache.tokens[acts.indices], acts, total, n_of_token),
     }
-
-
-def _sums(row: np.ndarray, weights: np.ndarray, n: int) -> Float[np.ndarray, " n"]:
-    """Return the sum of the weights of each row; numpy's own counts in integers where there is nothing to sum."""
-    return np.bincount(row, weights=weights, minlength=n).astype(np.float64)
 
 
 def _largest_first(
@@ -177,7 +172,7 @@ def _token_columns(
         "token_ids": arrow(token[top], offsets),
         "token_shares": arrow(share[top], offsets),
         "token_lifts": arrow(share[top] / (n_of_token[token[top]] / n_of_token.sum()), offsets),
-        "token_entropy": _sums(row, -share * np.log(share), n),
+        "token_entropy": np.bincount(row, -share * np.log(share), minlength=n).astype(np.float64),
     }
 
 

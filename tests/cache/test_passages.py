@@ -168,10 +168,26 @@ def test_windows_that_cannot_be(cache, asked, said):
         cache.latent(1).windows(**asked)
 
 
+def test_a_width_beyond_the_window_is_the_windows_and_costs_no_more(cache, monkeypatch):
+    """It was gathered in full: a million tokens around each of 160 positions took 13 seconds."""
+    context, around = cache.manifest.context_size, passages._around
+    widest = []
+
+    def counted(cache, anchor, before, after, *names):
+        widest.append(before + after + 1)
+        return around(cache, anchor, before, after, *names)
+
+    monkeypatch.setattr(passages, "_around", counted)
+    for kind in passages.KINDS:
+        whole, beyond = (cache.latent(1).windows(kind, 3.0, width=width) for width in (context, 10**6))
+        assert whole.start.tolist() == beyond.start.tolist() and whole.length.tolist() == beyond.length.tolist()
+    assert max(widest) <= context
+
+
 @pytest.mark.parametrize("number", ["1", 1.5, None, -1, 10**9, np.float32(1)])
 def test_a_latent_or_document_that_cannot_be(cache, number):
     with pytest.raises(UsageError, match="latent .* does not exist: this SAE has latents 0 to 4"):
         cache.latent(number)
-    with pytest.raises(UsageError, match="document .* does not exist: this cache has documents 0 to 4"):
+    with pytest.raises(UsageError, match="document .* does not exist: this cache has 0 to 4"):
         cache.document(number)
     assert len(cache.latent(np.uint8(1))) == 6
