@@ -89,8 +89,8 @@ class AutointerpSummary:
 
 
 def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> AutointerpSummary:
-    """Return the summary of a store for one explainer and judge, the rules and the rule judge by default."""
-    with Store(Path(path), {}) as store:
+    """Return a store's summary for one explainer and judge (default: rules, rule judge). Raises: UsageError without one."""
+    with Store(Path(path), {}, read_only=True) as store:
         statuses = [explanation.status for explanation in store.explanations(explainer).values()]
         enough = len(statuses) >= ENOUGH or stored_config(store).latents is None
         own, lookup = _Scores(store, explainer, judge), _Scores(store, LOOKUP, RULE)

@@ -175,7 +175,7 @@ def benchmark(
     model: Any,
     material: Material,
     tasks: Sequence[ProbingTask],
-    out: Path,
+    out: str | Path,
     *,
     quick: bool = False,
     n_seeds: int = 5,
@@ -197,7 +197,7 @@ def benchmark(
     sources = {name: fingerprint([p.text for p in some]) for name, some in material.passages.items()}
     spec = {**model_identity(model), "tasks": [t.id for t in tasks], "seeds": n_seeds, "most": most, "sources": sources}
     table = model.get_input_embeddings().weight.detach().float().cpu().numpy()
-    with claimed(out, KIND, spec, **folder):
+    with claimed(out := Path(out), KIND, spec, **folder):
         earlier = read_json(out / SETTINGS) if (out / SETTINGS).is_file() else {}
         told: dict[str, Any] = {key: earlier.get(key, {}) for key in ("hooks", "saes")}
         for hook in dict.fromkeys(hooks.values()):

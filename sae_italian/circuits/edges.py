@@ -184,7 +184,7 @@ def attribute(
     logits: Sequence[int] | None = None,
     against: int | None = None,
     memory: float | None = None,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
 ) -> Graph:
     """Return the attribution graph of a prompt.
 
@@ -261,7 +261,7 @@ _Kept = tuple[Float[np.ndarray, "rows nodes"], dict[str, Any], Callable[[], None
 
 @contextmanager
 def _kept(
-    folder: Path | None, shape: tuple[int, int], n_latents: int, tensors: Sequence[Tensor], asked: Sequence[Any]
+    folder: str | Path | None, shape: tuple[int, int], n_latents: int, tensors: list[Tensor], asked: tuple
 ) -> Iterator[_Kept]:
     """Yield room for rows, with those that an interrupted run of the same work left in the folder; removed once whole.
 
@@ -271,7 +271,7 @@ def _kept(
     if folder is None:
         yield np.zeros(shape, dtype=kind), state, lambda: None
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     digest = sha256(repr(("from the end", shape, *asked)).encode())
     for tensor in tensors:
         digest.update(_array(tensor).tobytes())

@@ -103,19 +103,19 @@ class Graph:
         """The row of each node that has one."""
         return {target: row for row, target in enumerate(self.targets.tolist())}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write graph.npz and graph.json; nothing is pickled."""
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
         np.savez_compressed(folder / "graph.npz", targets=self.targets, weights=self.weights, own=self.own)
         told = {name: getattr(self, name) for name in ("prompt", "model", "tokens", "n_layers", "n_active", "against")}
         write_json(folder / "graph.json", {"kind": "graph", **told, "nodes": self.nodes.tolist()})
 
     @classmethod
-    def load(cls, folder: Path) -> Graph:
+    def load(cls, folder: str | Path) -> Graph:
         """Read what `save` wrote. Raises: DataError where the folder holds no graph."""
         with understood(folder, "Make it with `sae-italian graph`.", OSError, RuntimeError, BadZipFile, zlib.error):
-            told = read_json(folder / "graph.json")
-            arrays = np.load(folder / "graph.npz", allow_pickle=False)
+            told = read_json(Path(folder) / "graph.json")
+            arrays = np.load(Path(folder) / "graph.npz", allow_pickle=False)
             del told["kind"]
             told["tokens"] = tuple(told["tokens"])
             told["nodes"] = np.array([tuple(node) for node in told["nodes"]], dtype=NODE).view(np.recarray)

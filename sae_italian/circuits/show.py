@@ -55,8 +55,7 @@ def sentence(
     if len(path) > 1:
         steps = " → ".join(name_of(graph.nodes[i], labels, language) for i in path[:-1])
         found.append(said("path", token=logits[0].text.strip(), path=steps, share=_percent(share, language)))
-    mine = scores(graph)
-    for what, pair in (("scores", mine[:2]), ("random", random)):
+    for what, pair in (("scores", scores(graph)[:2]), ("random", random)):
         if pair:
             told = [_percent(each, language) for each in pair]
             found.append(said(what, replacement=told[0], completeness=told[1]))

@@ -145,9 +145,9 @@ class EvaluationCard:
         """
         return TypeAdapter(cls).validate_python({"explained_variance_per_dimension": NOTHING} | values)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write card.json, card.md and density.svg."""
-        write_json(folder / CARD_JSON, plain(self))
+        write_json((folder := Path(folder)) / CARD_JSON, plain(self))
         write_text(folder / CARD_MARKDOWN, self.markdown())
         write_text(folder / DENSITY_PICTURE, density_svg(self))
 

@@ -293,7 +293,10 @@ def test_a_score_of_eight_tenths_counts_whatever_its_last_bit_and_the_share_is_o
         for scorer, negatives, scores in rows:
             where = (scorer, "rule", negatives, "balanced_accuracy")
             store.add_scores((n + 1, n, "", *where, value, None, None, 50, 50, 0) for n, value in enumerate(scores))
-    found = summarise(tmp_path / "s")
+    found = summarise(str(tmp_path / "s"))
+    with pytest.raises(UsageError, match="missing"):
+        summarise(tmp_path / "missing")
+    assert not (tmp_path / "missing").exists()  # a name mistyped was an empty store, and was left there
     assert (found.n_latents, found.n_explained, found.n_scored) == (4, 4, 3)
     assert found.share_detected.value == pytest.approx(2 / 3)
     assert found.fuzzing.value == pytest.approx(0.6)  # the harder negatives lead

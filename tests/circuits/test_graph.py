@@ -337,6 +337,8 @@ def test_a_graph_comes_back_as_it_was_written(mistral, tmp_path):
     graph = attribute(mistral, [random_transcoder(1)], "ciao")
     graph.save(tmp_path)
     back = Graph.load(tmp_path)
+    graph.save(str(tmp_path / "text"))
+    assert len(Graph.load(str(tmp_path / "text")).nodes) == len(graph.nodes)
     assert (back.nodes == graph.nodes).all() and (back.weights == graph.weights).all() and back.tokens == graph.tokens
     (tmp_path / "graph.npz").write_bytes(b"")
     with pytest.raises(DataError, match="cannot be read .* Make it with `sae-italian graph`"):
@@ -354,6 +356,10 @@ def test_what_is_no_graph_is_refused(mistral):
         attribute(mistral, [random_transcoder(0)], "ciao", logits=[97])
     with pytest.raises(UsageError, match="less itself"):
         attribute(mistral, [random_transcoder(0)], "ciao", logits=[5], against=5)
+    mistral.original_model = None  # what a bridge has
+    with pytest.raises(UsageError, match="TransformerLens' bridge; a graph needs the model itself"):
+        attribute(mistral, [random_transcoder(0)], "ciao")
+    del mistral.original_model
     with pytest.raises(UsageError, match="float32"):
         Linear(mistral.half(), mistral.tokenizer("ciao").input_ids, {})
 
