@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 
 class Estimate(NamedTuple):
@@ -33,6 +33,7 @@ LEAST_DOCUMENTS = 5  # for an interval over documents: fewer say nothing of how 
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
 Statistic = Callable[[Float[np.ndarray, "samples quantities"]], Float[np.ndarray, " samples"]]
 ByDocument = Float[np.ndarray, "rows documents"]
+ByKind = Float[np.ndarray, "rows 2 documents"]
 
 
 def bootstrap(
@@ -160,11 +161,10 @@ def f1_by_document(both: ByDocument, said: ByDocument, true: ByDocument) -> Floa
 
 def auc_parts(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> tuple[float, Float[np.ndarray, " n"]]:
     """Return the AUC, ties counting half, and each example's influence on it (DeLong 1988)."""
-    kinds, own = (truth, ~truth), np.empty(len(score))
-    for kind, other in zip(kinds, kinds[::-1], strict=True):
-        others = np.sort(score[other])
-        below, upto = (np.searchsorted(others, score[kind], side) for side in ("left", "right"))
-        own[kind] = (below + upto) / 2 / len(others)
+    own = np.empty(len(score))
+    for kind in (truth, ~truth):
+        others = np.sort(score[~kind])
+        own[kind] = sum(np.searchsorted(others, score[kind], side) for side in ("left", "right")) / 2 / len(others)
     own[~truth] = 1 - own[~truth]
     auc = float(own[truth].mean())
     return auc, (own - auc) / np.where(truth, truth.sum(), (~truth).sum())
@@ -173,15 +173,20 @@ def auc_parts(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> 
 def auroc_by_document(
     score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], document: Int[np.ndarray, " n"]
 ) -> Estimate:
-    """Return the probability that a true example outranks a false one, ties counting half; its interval over documents.
+    """Return the probability that a true example outranks a false one, ties counting half; its interval over documents."""
+    both = truth.any() and not truth.all()
+    return auroc_of_parts(*auc_parts(score, truth), truth, document) if both else NOTHING
+
+
+def auroc_of_parts(
+    area: float, parts: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], document: Shaped[np.ndarray, " n"]
+) -> Estimate:
+    """Return an AUC, or the mean of several, with its interval over documents, from each example's influence on it.
 
     The variance is DeLong's, its parts summed by document (Obuchowski 1997), and at least that of Hanley and McNeil
     (1982), which does not vanish where the ranking is perfect.
     """
     m, n = int(truth.sum()), int((~truth).sum())
-    if not m or not n:
-        return NOTHING
-    area, parts = auc_parts(score, truth)
     _, index = np.unique(document, return_inverse=True)
     g = min(np.count_nonzero(np.bincount(index[kind])) for kind in (truth, ~truth))
     near = min(max(area, 1e-9), 1 - 1e-9)
@@ -214,11 +219,7 @@ def mean_of_two(a: Float[np.ndarray, "3 shares"], b: Float[np.ndarray, "3 shares
     return np.stack([value, value - half[0], value + half[1]])
 
 
-def gains_by_document(
-    gained: Float[np.ndarray, "rows 2 documents"],
-    differing: Float[np.ndarray, "rows 2 documents"],
-    counts: Float[np.ndarray, "rows 2 documents"],
-) -> Float[np.ndarray, "3 rows"]:
+def gains_by_document(gained: ByKind, differing: ByKind, counts: ByKind) -> Float[np.ndarray, "3 rows"]:
     """Return by how much one balanced accuracy exceeds another on the same examples, with its 95 % interval: value, lo, hi.
 
     Of each kind of examples: by how many more the one is right, on how many the two differ, and how many there are. The
@@ -302,11 +303,10 @@ def interval(
     """
     from scipy.special import ndtr, stdtrit
 
-    resampled = resampled[np.isfinite(resampled)]
-    tail = 0.025
-    if n_clusters is not None and n_clusters >= LEAST_DOCUMENTS:
-        tail = ndtr(stdtrit(n_clusters - 1.0, tail) * np.sqrt(n_clusters / (n_clusters - 1)))
+    resampled, tail = resampled[np.isfinite(resampled)], 0.025
     if len(resampled) == 0 or (n_clusters is not None and n_clusters < LEAST_DOCUMENTS):
         return Estimate(value, float("nan"), float("nan"))
+    if n_clusters is not None:
+        tail = ndtr(stdtrit(n_clusters - 1.0, tail) * np.sqrt(n_clusters / (n_clusters - 1)))
     lo, hi = np.quantile(resampled, (tail, 1 - tail)) + (value - resampled.mean() if centre else 0.0)
     return Estimate(value, float(lo), float(hi))

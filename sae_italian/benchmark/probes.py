@@ -215,14 +215,13 @@ class Judged(NamedTuple):
     accuracy: float
     f1: float
     parts: Float[np.ndarray, " n"]  # each row's influence on the AUC; they sum to 0
-    score: Float[np.ndarray, " n"]
 
 
 def judge(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> Judged:
     """Return AUC, accuracy and F1 of saying yes above 0."""
     auc, parts = auc_parts(score, truth)
     said = score > 0
-    return Judged(auc, float((said == truth).mean()), float(f1(truth, said)), parts, score)
+    return Judged(auc, float((said == truth).mean()), float(f1(truth, said)), parts)
 
 
 def ranked(x: scipy.sparse.csr_array, y: Bool[np.ndarray, " n"], most: int) -> Int[np.ndarray, " most"]:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of, paced
-from sae_italian.base.statistics import auroc_by_document
+from sae_italian.base.statistics import auroc_of_parts
 from sae_italian.base.storage import claimed, fingerprint, read_json, write_json
 from sae_italian.base.units import PROCESSORS, map_units
 from sae_italian.benchmark import probes
@@ -105,19 +105,19 @@ class Bench:
         def by_k(judged: Sequence[dict[int, probes.Judged]], what: str) -> dict[str, list[Any]]:
             return {str(k): [getattr(one[k], what) for one in judged] for k in judged[0]}
 
-        test, documents = problem.draws[0][1], problem.items.document.to_numpy()
-        where = np.unique(documents[test], return_inverse=True)[1]
-        intervals = {}
-        for k in HEADLINE:
-            auc = auroc_by_document(ours[0][k].score, problem.answer[test], where)
-            intervals[str(k)] = auc.finite()[1:]
-        tested = [documents[each] for _, each in problem.draws]
-        parts = by_k(ours, "parts")
+        documents, tests = problem.items.document.to_numpy(), [test for _, test in problem.draws]
+        tested, place = np.unique(np.concatenate(tests), return_inverse=True)
+        auc, parts, intervals = by_k(ours, "auc"), by_k(ours, "parts"), {}
+        for k in map(str, HEADLINE):  # of the mean over the draws, which share examples
+            influence = np.bincount(place, np.concatenate(parts[k])) / len(tests)
+            mean = auroc_of_parts(float(np.mean(auc[k])), influence, problem.answer[tested], documents[tested])
+            intervals[k] = mean.finite()[1:]
+        tested = [documents[test] for test in tests]
         found = {
             "permuted": probes.permuted(self.examples(problem, z), self.n_permuted, 0),
             "interval": intervals,
             "influence": {k: _influence(tested, parts[k]) for k in intervals},
-            "auc": by_k(ours, "auc"),
+            "auc": auc,
             "twin": by_k(theirs, "auc"),
             "match": match,
         }

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from sae_italian.base.errors import DataError, UsageError
-from sae_italian.benchmark import all_tasks, benchmark, compare, material, read_entries, run, saebench
+from sae_italian.benchmark import all_tasks, benchmark, compare, material, probes, read_entries, run, saebench
 from sae_italian.benchmark.board import (
     CONTROLS,
     SORT,
@@ -30,7 +30,7 @@ from sae_italian.benchmark.board import (
 )
 from sae_italian.benchmark.probes import Activations, Pooling
 from sae_italian.benchmark.run import contamination
-from sae_italian.benchmark.tasks import LAST_OF, MEAN_OF, chosen, plan
+from sae_italian.benchmark.tasks import LAST_OF, MEAN_OF, Problem, chosen, plan
 from sae_italian.cli import main
 from tests.benchmark.schema import SCHEMA
 
@@ -72,8 +72,24 @@ def test_neurons_do_what_the_dense_probe_does_and_form_does_not(scored):
     assert any(len(set(own["auc"]["16"])) == 2 for own in neurons.problems.own)  # each seed draws its own
     for own in neurons.problems.own:
         assert abs(np.mean(own["permuted"]) - 0.5) < 0.15
-        assert own["interval"]["16"][0] <= own["auc"]["16"][0] <= own["interval"]["16"][1]
+        assert own["interval"]["16"][0] <= np.mean(own["auc"]["16"]) <= own["interval"]["16"][1]
         assert sum(own["influence"]["16"].values()) == pytest.approx(0, abs=1e-4)
+
+
+def test_the_interval_of_a_task_is_that_of_its_mean_over_the_seeds(monkeypatch):
+    """Of two draws one ranks all right and one all wrong: the mean 0.5 stands in the table, and 1 is not its interval."""
+    answer = np.arange(40) % 2 == 0
+    items = pd.DataFrame({"document": [f"d{i // 2}" for i in range(40)], "answer": answer})
+    tests = [np.arange(20), np.arange(20, 40)]
+    both = [probes.judge(sign * answer[test], answer[test]) for sign, test in zip((1, -1), tests, strict=True)]
+    turn = iter((0, 0, 1, 1))  # of each draw the SAE and its twin
+    monkeypatch.setattr(probes, "sparse_probes", lambda *_: dict.fromkeys((1, 16), both[next(turn)]))
+    monkeypatch.setattr(probes, "matched", lambda *_: 0.0)
+    monkeypatch.setattr(probes, "permuted", lambda *_: [0.5])
+    problem = Problem(SimpleNamespace(), "word", items, [(test, test) for test in tests], 0.5)  # pyright: ignore
+    bench = SimpleNamespace(examples=lambda *_: None, n_permuted=1)
+    lo, hi = run.Bench._score(bench, problem, None, None)["interval"]["16"]  # pyright: ignore
+    assert 0 < lo < 0.5 < hi < 1
 
 
 def test_a_random_sae_gains_nothing_over_its_twin(scored):
