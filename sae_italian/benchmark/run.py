@@ -105,18 +105,19 @@ class Bench:
         def by_k(judged: Sequence[dict[int, probes.Judged]], what: str) -> dict[str, list[Any]]:
             return {str(k): [getattr(one[k], what) for one in judged] for k in judged[0]}
 
-        documents, tests = problem.items.document.to_numpy(), [test for _, test in problem.draws]
+        tests = [test for _, test in problem.draws]
         tested, place = np.unique(np.concatenate(tests), return_inverse=True)
-        auc, parts, intervals = by_k(ours, "auc"), by_k(ours, "parts"), {}
+        documents, auc, parts = problem.items.document.to_numpy()[tested], by_k(ours, "auc"), by_k(ours, "parts")
+        intervals, influence = {}, {}
         for k in map(str, HEADLINE):  # of the mean over the draws, which share examples
-            influence = np.bincount(place, np.concatenate(parts[k])) / len(tests)
-            mean = auroc_of_parts(float(np.mean(auc[k])), influence, problem.answer[tested], documents[tested])
+            own: Any = pd.Series(np.bincount(place, np.concatenate(parts[k])) / len(tests))
+            mean = auroc_of_parts(float(np.mean(auc[k])), own.to_numpy(), problem.answer[tested], documents)
             intervals[k] = mean.finite()[1:]
-        tested = [documents[test] for test in tests]
+            influence[k] = own.groupby(documents).sum().round(7).to_dict()
         found = {
             "permuted": probes.permuted(self.examples(problem, z), self.n_permuted, 0),
             "interval": intervals,
-            "influence": {k: _influence(tested, parts[k]) for k in intervals},
+            "influence": influence,
             "auc": auc,
             "twin": by_k(theirs, "auc"),
             "match": match,
@@ -137,12 +138,6 @@ class Bench:
         done = map_units(one, range(len(todo)), workers=PROCESSORS, fork=True)
         for _ in paced(done, what, len(todo), "task"):
             pass
-
-
-def _influence(documents: Sequence[np.ndarray], parts: Sequence[np.ndarray]) -> dict[str, float]:
-    """Return each document's influence on the AUC, the mean over seeds."""
-    found: Any = pd.Series(np.concatenate(parts)).groupby(np.concatenate(documents), sort=False).sum()
-    return (found / len(parts)).round(7).to_dict()
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
