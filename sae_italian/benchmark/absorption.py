@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
 from jaxtyping import Bool, Float
+from scipy.special import stdtrit
 from sklearn.linear_model import LogisticRegression
 
 from sae_italian.analysis.treebank import (
@@ -38,7 +40,7 @@ from sae_italian.analysis.treebank import (
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.report import plain, save_result, shown, table
-from sae_italian.base.statistics import NOTHING, Estimate, bootstrap
+from sae_italian.base.statistics import LEAST_DOCUMENTS, NOTHING, Estimate
 from sae_italian.benchmark.material import plainly
 from sae_italian.benchmark.probes import f1
 from sae_italian.saes import check_fits
@@ -72,29 +74,28 @@ class Absorbed(NamedTuple):
 
 @dataclass(frozen=True)
 class Absorption:
-    """Absorption over pairs of a class and a member; intervals over members: "la" in Fem and in DET is one."""
+    """Absorption over pairs of a class and a member, with intervals over both: "la" in Fem and in DET is one member."""
 
     pairs: dict[str, list[Absorbed]]  # by SAE
     l0: dict[str, float]
     letters: tuple[int, int]  # first letters that a dense probe reads, of so many
 
+    def by_pair(self, what: str) -> Any:
+        """Return a number of the pairs, a DataFrame: a row for each (treebank, class, member), a column for each SAE."""
+        return pd.DataFrame({sae: {p[:3]: getattr(p, what) for p in of} for sae, of in self.pairs.items()})
+
     def means(self) -> dict[str, dict[str, Estimate]]:
         """Return by SAE the means over pairs, with their intervals."""
-        names = ("fraction", "full", "latents_f1")
+        found = {name: self.by_pair(name) for name in ("fraction", "full", "latents_f1")}
         return {
-            sae: {name: _mean([(pair, getattr(pair, name)) for pair in of]) for name in names}
-            for sae, of in self.pairs.items()
+            sae: {name: Estimate(*np.clip(_mean(of[sae]), 0, 1).tolist()) for name, of in found.items()}
+            for sae in self.pairs
         }
 
     def differences(self) -> dict[str, Estimate]:
         """Return by SAE the mean difference of its fraction from the first's, over pairs that both have."""
-        (_, known), *others = self.fractions().items()
-        shared = {sae: [pair for pair in self.pairs[sae] if pair[:3] in known] for sae, _ in others}
-        return {sae: _mean([(p, p.fraction - known[p[:3]]) for p in of]) for sae, of in shared.items()}
-
-    def fractions(self) -> dict[str, dict[tuple[str, ...], float]]:
-        """Return by SAE the fraction of each (treebank, class, member)."""
-        return {sae: {p[:3]: p.fraction for p in of} for sae, of in self.pairs.items()}
+        found, (first, *others) = self.by_pair("fraction"), self.pairs
+        return {sae: _mean(found[sae] - found[first]) for sae in others}
 
     def table(self) -> str:
         """Return Markdown: a row for each SAE, then one for each pair."""
@@ -110,19 +111,15 @@ class Absorption:
             parts.append(f"{sae} less {first}: {shown(found, '+.3f')}{apart}.")
             if abs(ratio - 1) > L0_ALIKE:
                 parts[-1] += f" Its L0 is {ratio:.2f} times as large: compare at equal L0."
-        every = self.fractions().values()
+        every = self.by_pair("fraction")
         details = [
-            (*p[:3], p.n_words, f"{p.dense_f1:.2f}", *(f"{of[p[:3]]:.3f}" if p[:3] in of else "-" for of in every))
+            (*p[:3], p.n_words, f"{p.dense_f1:.2f}", *("-" if f != f else f"{f:.3f}" for f in every.loc[p[:3]]))
             for p in self.pairs[first]
         ]
-        parts.append(
-            table("treebank | class | member | words | F1 of the dense probe | " + " | ".join(self.pairs), details)
-        )
-        n, of = self.letters
-        parts.append(
-            f"First letters: a dense probe reads {n} of {of} (F1 above {LEAST_F1}); {LEAST_LETTERS} are needed for a score."
-        )
-        return "\n\n".join(parts)
+        head = "treebank | class | member | words | F1 of the dense probe"
+        read = "First letters: a dense probe reads {} of {}".format(*self.letters)
+        last = f"{read} (F1 above {LEAST_F1}); {LEAST_LETTERS} are needed for a score."
+        return "\n\n".join([*parts, table(" | ".join([head, *self.pairs]), details), last])
 
     def save(self, folder: Path) -> None:
         """Write absorption.json and absorption.md."""
@@ -130,13 +127,20 @@ class Absorption:
         save_result(folder, "absorption", value, ["# Absorption · Assorbimento", self.table()])
 
 
-def _mean(values: Sequence[tuple[Absorbed, float]]) -> Estimate:
-    """Return the mean of pairs' values, resampled by members: a member's pairs share its latents."""
-    sums: dict[str, Float[np.ndarray, " 2"]] = {}
-    for pair, value in values:
-        if np.isfinite(value):
-            sums[pair.child] = sums.get(pair.child, np.zeros(2)) + (value, 1)
-    return bootstrap(np.array([*sums.values()]), lambda of: of[:, 0] / of[:, 1]) if sums else NOTHING
+def _mean(values: Any) -> Estimate:
+    """Return the mean over pairs (treebank, class, member) with its interval over classes and over members.
+
+    A class' pairs share the latents that it is said to have, a member's pairs its own. The variance is V_classes + V_members
+    - V_pairs, at least either of the first two (Cameron, Gelbach and Miller 2011). No bounds for fewer than five of either.
+    """
+    told = values.dropna()
+    cells = (told - told.mean()).groupby(level=[1, 2]).sum() / max(len(told), 1)
+    sums = [cells.groupby(level=level).sum() for level in (0, 1)]
+    if (g := min(map(len, sums))) < LEAST_DOCUMENTS:
+        return NOTHING._replace(value=float(told.mean()))
+    over = [(each**2).sum() * len(each) / (len(each) - 1) for each in sums]
+    half = stdtrit(g - 1.0, 0.975) * np.sqrt(max(sum(over) - (cells**2).sum(), *over))
+    return Estimate(*map(float, (told.mean(), told.mean() - half, told.mean() + half)))
 
 
 def parts(

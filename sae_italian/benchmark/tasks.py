@@ -178,9 +178,8 @@ def draw(
     nth = pd.DataFrame({"cell": cell, "answer": answer}).groupby(["cell", "answer"]).cumcount().to_numpy()
     key, rank = cell * len(order) + nth, np.arange(len(order))
     _, no, yes = np.intersect1d(key[~answer], key[answer], assume_unique=True, return_indices=True)
-    pairs = np.stack(
-        [rank[~answer][no], rank[answer][yes]], axis=1
-    )  # the first of each class of a cell, the second, ...
+    # the first of each class of a cell, the second, ...
+    pairs = np.stack([rank[~answer][no], rank[answer][yes]], axis=1)
     numbers = order[pairs[np.argsort(pairs.max(axis=1))]]
     test = items.test.to_numpy()[numbers[:, 0]]
     train, judged = (numbers[test == side][: most[side] // 2].ravel() for side in (False, True))

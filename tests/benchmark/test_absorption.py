@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from scipy.stats import t as student
 
 from sae_italian.analysis.treebank import Words
 from sae_italian.benchmark.absorption import Absorbed, Absorption, _dense, _Probe, _scored, class_latents, parts
@@ -80,7 +81,7 @@ def test_accents_are_folded():
 
 def test_two_saes_are_told_apart_only_beyond_the_interval():
     def pair(child: str, fraction: float) -> Absorbed:
-        return Absorbed("ISDT", "UPOS=AUX", child, fraction, 0.0, 40, 0.9, [3], 0.8)
+        return Absorbed("ISDT", f"class of {child}", child, fraction, 0.0, 40, 0.9, [3], 0.8)
 
     own = {"topk": [0.5, 0.4, 0.6, 0.5, 0.5], "matryoshka": [0.1, 0.1, 0.2, 0.1, 0.1], "twin": [0.5] * 5}
     pairs = {name: [pair(f"form{i}", v) for i, v in enumerate(values)] for name, values in own.items()}
@@ -105,16 +106,35 @@ def test_each_treebank_has_pairs_of_its_own_and_a_pair_that_time_left_out_is_not
     assert [row.split(" | ")[-2:] for row in rows] == [["0.500", "0.600 |"], ["0.100", "- |"]]
 
 
-def test_pairs_of_one_member_count_once_in_the_interval():
-    values, classes = np.random.default_rng(0).random(8), ("Gender=Fem", "UPOS=DET", "Number=Plur", "UPOS=ADP")
-    once = [Absorbed("ISDT", classes[0], f"form{i}", v, 0.0, 40, 0.9, [3], 0.8) for i, v in enumerate(values)]
-    often = [pair._replace(parent=parent) for pair in once for parent in classes]
-    few, many = (
-        Absorption({"sae": pairs}, {"sae": 8.0}, (3, 21)).means()["sae"]["fraction"] for pairs in (once, often)
-    )
-    assert few == pytest.approx(many), "the same words four times are no more evidence"
-    unread = [*once, once[0]._replace(child="x", fraction=float("nan"))]  # no word of it is read right
-    assert Absorption({"sae": unread}, {"sae": 8.0}, (3, 21)).means()["sae"]["fraction"] == pytest.approx(few)
+def absorbed(values: np.ndarray) -> Absorption:
+    """One SAE's fractions [classes, members]."""
+    pairs = [Absorbed("ISDT", f"c{i}", f"m{j}", v, 0.0, 40, 0.9, [3], 0.8) for (i, j), v in np.ndenumerate(values)]
+    return Absorption({"sae": pairs}, {"sae": 8.0}, (3, 21))
+
+
+@pytest.mark.parametrize("shared", ["members", "classes"])
+def test_pairs_of_one_member_or_of_one_class_count_once_in_the_interval(shared):
+    values = np.random.default_rng(0).uniform(0.4, 0.6, 6)
+    often = np.tile(values, (6, 1)) if shared == "members" else np.tile(values, (6, 1)).T
+    half = student.ppf(0.975, 5) * np.sqrt(np.var(values, ddof=1) / 6)  # as of six values, not of 36
+    expected = pytest.approx((values.mean(), values.mean() - half, values.mean() + half))
+    assert absorbed(often).means()["sae"]["fraction"] == expected
+    found = absorbed(often)
+    unread = found.pairs["sae"][0]._replace(child="x", fraction=float("nan"))  # no word of it is read right
+    found.pairs["sae"].append(unread)
+    assert found.means()["sae"]["fraction"] == expected
+    assert np.isnan(absorbed(often[:4]).means()["sae"]["fraction"].lo), "four classes say nothing of how classes differ"
+
+
+def test_two_saes_that_differ_by_class_at_random_are_seldom_told_apart():
+    """Six classes whose members all differ by what the class' latents are: over members alone, 28 % of such are told apart."""
+    rng, told = np.random.default_rng(0), []
+    for _ in range(100):
+        gap = rng.normal(0, 0.35, (6, 1)) + rng.normal(0, 0.3, (6, 8))
+        one, other = absorbed(np.zeros((6, 8))), absorbed(gap)
+        lo, hi = Absorption({"a": one.pairs["sae"], "b": other.pairs["sae"]}, {}, (3, 21)).differences()["b"][1:]
+        told.append(not lo <= 0 <= hi)
+    assert np.mean(told) <= 0.1
 
 
 def test_the_command_on_the_mini_model(trained_sae, tmp_path, capsys, monkeypatch):
