@@ -27,7 +27,7 @@ from sae_italian.analysis.treebank import Words
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
 from sae_italian.base.report import COLOURS, MARKERS, OURS, REFERENCE, WARNING, plain, save_result, shown, svg, table
-from sae_italian.base.statistics import Estimate, wilson
+from sae_italian.base.statistics import Estimate, shares_by_document, wilson
 from sae_italian.base.storage import atomic_path, read_json, write_json, write_text
 from sae_italian.evaluation.card import SEEDS_FILE
 from sae_italian.models import load_model
@@ -249,7 +249,7 @@ PROBED = 200  # documents of MicroItaliano whose words give labels
 
 
 class Recurrence(NamedTuple):
-    """Which of the first seed's live latents the other seeds find; shares with Wilson's interval over latents."""
+    """Which of the first seed's live latents the other seeds find; shares with their intervals over latents."""
 
     seeds: list[int]
     found: list[int | None]  # in how many seeds, the first counted; None for a latent that never fired
@@ -259,7 +259,7 @@ class Recurrence(NamedTuple):
     curve: dict[str, tuple[float, float]]
     labelled: int  # live latents that detect a label of words (F1 of 0.5 or more)
     same_label: Estimate  # share of these whose partner in another seed has the same label, over all pairs
-    same_label_chance: float  # the same where partners are dealt out at random among the labelled latents
+    same_label_chance: float  # the same with as many partners, dealt out at random among the labelled latents
 
     def table(self) -> str:
         """Return the shares as Markdown, and what they say in a sentence."""
@@ -307,22 +307,24 @@ def compared(
     chance = np.stack([mutual(drawn[0], other)[0] for other in drawn[1:]])
     cosines = np.stack([cosine for cosine, _ in pairs])
     counts = 1 + (cosines >= directions.ALIKE).sum(axis=0)
-    found: list[int | None] = [None] * len(labels[0])
-    for latent, count in zip(first.latent.tolist(), counts.tolist(), strict=True):
-        found[latent] = count
+    counted = dict(zip(first.latent.tolist(), counts.tolist(), strict=True))
     own, *theirs = (numbers[each.latent] for numbers, each in zip(labels, sets, strict=True))
     partners = np.stack([numbers[index] for numbers, (_, index) in zip(theirs, pairs, strict=True)])
-    same = (own == partners) & (cosines >= directions.ALIKE)
-    n_labelled = int((own >= 0).sum())
+    matched, labelled = (cosines >= directions.ALIKE)[:, own >= 0], own[own >= 0]
+    same = matched & (partners[:, own >= 0] == labelled)
+    known = [numbers[numbers >= 0] for numbers in theirs]
+    alike = np.stack([(labelled[:, None] == each).sum(axis=1) / max(1, len(each)) for each in known])
     return Recurrence(
         seeds=list(seeds),
-        found=found,
+        found=[counted.get(latent) for latent in range(len(labels[0]))],
         share=wilson(int((counts == len(seeds)).sum()), len(counts)),
         random=float((chance >= directions.ALIKE).all(axis=0).mean()),
         curve={str(least): (float((cosines >= least).mean()), float((chance >= least).mean())) for least in CURVE},
-        labelled=n_labelled,
-        same_label=wilson(int(same[:, own >= 0].sum()), n_labelled * len(others)),
-        same_label_chance=_chance(own, theirs),
+        labelled=len(labelled),
+        same_label=Estimate(
+            *shares_by_document(same.sum(axis=0)[None], 0.0 * labelled[None] + len(others))[:, 0].tolist()
+        ),
+        same_label_chance=float((matched * alike).sum() / max(1, matched.size)),
     )
 
 
@@ -333,13 +335,6 @@ def mutual(
     there, back = directions.nearest_directions(rows, others), directions.nearest_directions(others, rows)
     nearest = there.nearest.to_numpy()
     return np.where(back.nearest.to_numpy()[nearest] == np.arange(len(rows)), there.cosine, -1.0), nearest
-
-
-def _chance(own: Int[np.ndarray, " n"], others: Sequence[Int[np.ndarray, " m"]]) -> float:
-    """Return how often two labelled latents of two seeds have the same label, drawn at random."""
-    size = 1 + max(int(each.max(initial=0)) for each in (own, *others))
-    shares = [np.bincount(each[each >= 0], minlength=size) / max(1, (each >= 0).sum()) for each in (own, *others)]
-    return float(np.mean([shares[0] @ other for other in shares[1:]]))
 
 
 def labels_of(sae: Any, words: Words) -> Int[np.ndarray, " d_sae"]:

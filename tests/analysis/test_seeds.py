@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sae_italian.analysis.geometry import compared, mutual
+from sae_italian.base.statistics import wilson
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
 
@@ -37,6 +38,18 @@ def test_counts_shares_and_labels_by_hand():
     assert found.curve["0.7"][0] == pytest.approx(5 / 8) and 0 <= found.random < 0.5
     assert found.same_label_chance == pytest.approx((2 / 9 + 1 / 6) / 2)
     assert "50.0% (" in found.table() and "random directions" in found.table()
+
+
+def test_a_label_found_again_is_held_against_as_many_partners_and_latents_count_once():
+    """Of eight latents of two labels half are found again, in both other seeds, and all of these agree."""
+    first, other = rows(0, 1, 2, 3, 4, 5, 6, 7), rows(0, 1, 2, 3)
+    other.W_dec = torch.cat([other.W_dec, torch.eye(8)[4:].flip(0) * -1])
+    label = np.arange(8) % 2
+    found = compared([0, 1, 2], [first, other, other], [np.ones(8, bool)] * 3, [label] * 3)
+    assert found.same_label.value == 0.5
+    assert found.same_label_chance == 0.25, "half have a partner, of which half would agree; 0.5 if all had one"
+    alone = wilson(8, 16)
+    assert found.same_label.hi - found.same_label.lo > 1.3 * (alone.hi - alone.lo), "not as of 16 latents"
 
 
 def test_a_config_with_seeds_trains_them_on_one_pass_and_the_browser_says_so(tmp_path, capsys):
