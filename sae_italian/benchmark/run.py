@@ -199,7 +199,7 @@ def benchmark(
             mine = {name: sae for name, sae in saes.items() if hooks[name] == hook}
             with one_of(len(set(hooks.values()))):
                 acts = read_texts(model, hook, planned.texts, out / hook / "activations")
-                bench = Bench(out / hook, acts, table, planned, 5 if quick else 20)
+                bench = Bench(out / hook, acts, table, planned)
                 facts = _scored(bench, mine, baselines)
             told["hooks"][hook] = _size(bench)
             told["saes"] |= {name: {**one, "hook": hook} for name, one in facts.items()}

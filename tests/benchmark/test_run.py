@@ -70,8 +70,10 @@ def test_neurons_do_what_the_dense_probe_does_and_form_does_not(scored):
     # a minimal pair differs in its last word, whose characters say nothing of the determiner before
     assert neurons.problems.loc["P2-number-last"].control["form"]["auc"] < 0.75
     assert any(len(set(own["auc"]["16"])) == 2 for own in neurons.problems.own)  # each seed draws its own
+    assert neurons.problems.permuted.tolist() == [max(own["permuted"]) for own in neurons.problems.own]
     for own in neurons.problems.own:
         assert abs(np.mean(own["permuted"]) - 0.5) < 0.15
+        assert len(own["permuted"]) == 20, "of five, another would exceed the largest once in six times"
         assert own["interval"]["16"][0] <= np.mean(own["auc"]["16"]) <= own["interval"]["16"][1]
         assert sum(own["influence"]["16"].values()) == pytest.approx(0, abs=1e-4)
 
