@@ -11,6 +11,7 @@ import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.benchmark import all_tasks, benchmark, compare, material, probes, read_entries, run, saebench
@@ -138,11 +139,19 @@ def test_the_variance_of_a_difference_by_hand(size, variance):
     a = entry_of([[0.8], [0.9]], [{"d": 2 * size, "e": -3 * size}, {"d": size}])
     b = entry_of([[0.7], [0.6]], [{"d": -size}, {}])
     found = compare(a, b)
-    assert found.value == pytest.approx(0.2) and found.least == pytest.approx(2.8 * np.sqrt(variance))
+    times = student.ppf(0.975, 1)  # of two tasks; 2.8 would tell 22 % of equal SAEs apart
+    assert found.value == pytest.approx(0.2) and found.least == pytest.approx(times * np.sqrt(variance))
     assert compare(b, a).value == pytest.approx(-0.2) and Difference(-0.2, 0.1).distinguishable
     seeded = entry_of([[0.79, 0.81], [0.89, 0.91]], [{"d": 2 * size, "e": -3 * size}, {"d": size}])
     told = compare(seeded, entry_of([[0.7, 0.7], [0.6, 0.6]], [{"d": -size}, {}]))  # an sd of 0.02 / sqrt 2 over seeds
-    assert told.least == pytest.approx(2.8 * np.sqrt(variance + 0.0002 / 2))
+    assert told.least == pytest.approx(times * np.sqrt(variance + 0.0002 / 2))
+
+
+@pytest.mark.parametrize(("n", "most"), [(2, 0.08), (3, 0.08), (12, 0.03)])
+def test_equal_saes_are_seldom_told_apart_whatever_the_number_of_tasks(n, most):
+    gaps = np.random.default_rng(0).normal(0, 0.05, (200, n))
+    pairs = ((entry_of([[0.8 + gap] for gap in own], [{}] * n), entry_of([[0.8]] * n, [{}] * n)) for own in gaps)
+    assert np.mean([compare(*pair).distinguishable for pair in pairs]) <= most
 
 
 def test_a_rank_is_shared_with_its_first_not_with_whoever_stands_before(monkeypatch):
