@@ -21,6 +21,7 @@ from sae_italian.base.statistics import Estimate, bootstrap, correlation, slope
 from sae_italian.circuits.edges import Prompt, attribute, layers_of
 from sae_italian.circuits.graph import Graph, scores
 from sae_italian.evaluation.diagnosis import blocks_of
+from sae_italian.evaluation.evaluate import by_document
 from sae_italian.models.activations import logits_at, read_many, replaced
 from sae_italian.saes import hooks_of
 from sae_italian.saes.baselines import random_twin
@@ -218,7 +219,7 @@ def examine_set(
 
     By layer, each transcoder by itself: L0, centred explained variance, the share of latents that are never active. Of all
     together the LOSSES in nats per token and what share of (ce_zero - ce) the transcoders recover, and random twins of
-    them, with intervals over windows.
+    them, with intervals over documents.
     Raises: UsageError as `layers_of`, and for a corpus that is too short.
     """
     by_layer = layers_of(saes, model)
@@ -239,13 +240,14 @@ def examine_set(
     for some in paced(torch.arange(len(windows)).split(size), "losses", len(windows), "window", size=len):
         found = [_losses(model, windows[some], silent[some], way) for way in ways]
         losses.append(torch.stack(found, dim=1))
-    loss = torch.cat(losses).double().numpy()  # [windows, ways]
-    n = _counted(silent)[: len(loss)].sum(1).cpu().numpy()
-    value: dict[str, Any] = {"layers": layers, "n_tokens": int(n.sum())}
+    loss = torch.cat(losses).double().numpy()  # [tokens, ways]
+    doc = np.concatenate([block.doc for block in blocks])[_counted(silent).cpu().numpy()][: len(loss)]
+    sums = by_document(doc, [loss, np.ones(len(loss))])[1]  # the windows of a document are alike
+    value: dict[str, Any] = {"layers": layers, "n_tokens": len(loss)}
     for way, name in enumerate(LOSSES):
-        value[name] = bootstrap(np.c_[loss[:, way], n], lambda s: s[:, 0] / s[:, 1])
+        value[name] = bootstrap(sums[:, [way, 4]], lambda s: s[:, 0] / s[:, 1])
     for way, name in ((1, "recovered"), (2, "recovered_random")):
-        value[name] = bootstrap(loss[:, [0, way, 3]], lambda s: (s[:, 2] - s[:, 1]) / (s[:, 2] - s[:, 0]))
+        value[name] = bootstrap(sums[:, [0, way, 3]], lambda s: (s[:, 2] - s[:, 1]) / (s[:, 2] - s[:, 0]))
     return value, _set_text(value)
 
 
@@ -270,14 +272,12 @@ def _counted(silent: Bool[Tensor, "windows pos"]) -> Bool[Tensor, "windows pos"]
 
 def _losses(
     model: Any, tokens: Int[Tensor, "windows pos"], silent: Bool[Tensor, "windows pos"], way: Mapping[int, Any]
-) -> Float[Tensor, " windows"]:
-    """Return the loss of each window, the sum over its tokens."""
+) -> Float[Tensor, " counted"]:
+    """Return the loss of each token that counts."""
     wanted = _counted(silent)
     with with_transcoders(model, way, silent):
         logits = logits_at(model, tokens, wanted).float()
-    loss = logits.new_zeros(wanted.shape)
-    loss[wanted] = torch.nn.functional.cross_entropy(logits, tokens.roll(-1, 1)[wanted], reduction="none")
-    return loss.sum(1).cpu()
+    return torch.nn.functional.cross_entropy(logits, tokens.roll(-1, 1)[wanted], reduction="none").cpu()
 
 
 @contextmanager
