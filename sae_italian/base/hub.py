@@ -33,12 +33,10 @@ def explain(error: BaseException, name: str, revision: str | None = None, *, rep
     broken = any(isinstance(each, SafetensorError) and "no such file" not in str(each).lower() for each in chain)
     partial = sorted((cached / "blobs").glob("*.incomplete"))
     if partial or broken or any(sign in text for sign in DAMAGED):
-        what = "one of its files is damaged or cut short"
-        if partial:
-            what = f"its download has not finished ({partial[0].name})"
+        unfinished = partial and f"its download has not finished ({partial[0].name})"
         where = Path(name) if Path(name).is_dir() and not partial else cached
         again = f"Download it again with `hf download {repo_id} --force-download`, or copy the files into {where} anew."
-        return DataError(f"{name} cannot be read: {what}. {again}")
+        return DataError(f"{name} cannot be read: {unfinished or 'one of its files is damaged or cut short'}. {again}")
     return UsageError(name + _refusal(chain, repo_id, revision))
 
 

@@ -5,6 +5,7 @@ stopped run goes on in it, and an overwritten one loses our own files and no oth
 """
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -25,20 +26,20 @@ from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 # Names of the files that we and the libraries write into our folders. `--overwrite` removes these and nothing else.
 OURS = """
-    *.safetensors spans-*.npy seen-*.npz data-*.arrow documents-*.parquet stats.parquet matches.parquet metrics.jsonl
-    release.jsonl model.jsonl sourceset.jsonl source.jsonl batch-*.jsonl.gz autointerp.sqlite* *.calls.sqlite* .*.tmp
-    index.html map.html assets/app.js assets/app.css data/*.js other/*.js pictures/*.svg curves.svg density.svg run.json
-    part-[0-9]*.npy benchmark.* leaderboard.* cfg.json runner_cfg.json
-    activation_scaler.json card.* results.* report.* baselines.* overview.* language.* shift.*
-    geometry.* layer.json manifest.json progress.json counts.json state.json dataset_*.json sae_lens.json browser.json
-    wandb.json config.json run_settings.json skipped_indexes.json batch-*.json [0-9]*.json README.md
-    graph.* neuronpedia.json rows.partial visited.json config.yaml index.json.gz layer_*.bin
-    meaning.npz seeds.json choose-k.* absorption.*
+    *.safetensors spans-*.npy seen-*.npz data-*.arrow documents-*.parquet stats.parquet matches.parquet
+    metrics.jsonl release.jsonl model.jsonl sourceset.jsonl source.jsonl batch-*.jsonl.gz autointerp.sqlite*
+    *.calls.sqlite* .*.tmp index.html map.html assets/app.js assets/app.css data/*.js other/*.js pictures/*.svg
+    curves.svg density.svg run.json part-[0-9]*.npy benchmark.* leaderboard.* cfg.json runner_cfg.json
+    activation_scaler.json card.* results.* report.* baselines.* overview.* language.* shift.* geometry.* layer.json
+    manifest.json progress.json counts.json state.json dataset_*.json sae_lens.json browser.json wandb.json
+    config.json run_settings.json skipped_indexes.json batch-*.json [0-9]*.json README.md graph.* neuronpedia.json
+    rows.partial visited.json config.yaml index.json.gz layer_*.bin meaning.npz seeds.json choose-k.* absorption.*
 """
 OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
 IS_WINDOWS = sys.platform == "win32"
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *(() if IS_WINDOWS else (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU))]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a user's share of it, or the size of a file that is allowed
 MEND = "Mend it, or make it again."
 # What is raised where a record lacks a field, or has one of another kind.
 ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, EOFError)
@@ -90,6 +91,7 @@ def _give_rights(path: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
+        gc.collect()  # NFS keeps a file that is still mapped under another name, and so its folder
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -103,7 +105,7 @@ def _is_temporary(path: Path) -> bool:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone; one that is made for it and stays empty goes. Who dies holds nothing."""
-    from filelock import FileLock, Timeout
+    from filelock import FileLock, SoftFileLock, Timeout
 
     lock, is_new = FileLock(folder / LOCK_FILE, timeout=0), not folder.exists()
     if folder.exists() and not folder.is_dir():
@@ -112,7 +114,9 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise UsageError(f"{folder} is being written by another process. Wait, or give another folder.") from error
+        # on a disk without locks its file stays when the process is killed, and another machine cannot know
+        ask = "." if not isinstance(lock, SoftFileLock) else f"; if no process is, remove {lock.lock_file}."
+        raise UsageError(f"{folder} is being written by another process. Wait, or give another folder{ask}") from error
     except OSError as error:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}). Give one you may write to.") from error
     try:
@@ -152,18 +156,16 @@ def path_of(name: str | Path) -> Path:
         path = Path(name).expanduser()
         path.exists()
     except (OSError, ValueError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UsageError(f"{str(name)[:60]!r} cannot be looked for ({why}). Give another path or name.") from error
+        told = f"{str(name)[:60]!r} cannot be looked for ({getattr(error, 'strerror', None) or error})"
+        raise UsageError(f"{told}. Give another path or name.") from error
     return path
 
 
 def disk_full(error: BaseException) -> bool:
     """Return whether an error of Python, torch or safetensors means that a file could not grow."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
     # Rust gives the number as text, torch only the name of what wrote.
-    signs = ("No space left", "os error 28", "os error 27", "iostream", "inline_container", "PytorchStreamWriter")
-    return any(sign in str(error) for sign in signs)
+    signs = ("No space left", "iostream", "inline_container", "PytorchStreamWriter", *map("os error {}".format, FULL))
+    return getattr(error, "errno", None) in FULL or any(sign in str(error) for sign in signs)
 
 
 def room_on(path: Path) -> int:
@@ -244,8 +246,7 @@ def understood(
         raise
     except (*ODD, *also) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        as_what = f" as {kind}" if kind else ""
-        raise DataError(f"{file} cannot be read{as_what} ({why:.200}). {remedy}") from error
+        raise DataError(f"{file} cannot be read{f' as {kind}' * bool(kind)} ({why:.200}). {remedy}") from error
 
 
 def sha256_file(path: Path) -> str:
@@ -267,8 +268,8 @@ def package_versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     from importlib.metadata import version
 
-    names = ("sae-italian", "sae-lens", "transformer-lens", "transformers", "torch", "tokenizers", "datasets")
-    return {name: version(name) for name in names}
+    names = "sae-italian sae-lens transformer-lens transformers torch tokenizers datasets"
+    return {name: version(name) for name in names.split()}
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str:
@@ -305,7 +306,8 @@ def claimed(
         if continuing := bool(earlier) and not overwrite:
             for left in [path for path in out.rglob(".*") if _is_temporary(path)]:
                 remove(left)
-        elif earlier:
+        elif earlier:  # whoever is killed while its files go leaves what can be overwritten, and not resumed
+            write_json(out / RUN_FILE, {**earlier, "spec": {}})
             _remove_ours(out)
         if not continuing or record != earlier:
             write_json(out / RUN_FILE, record)
@@ -368,11 +370,11 @@ def record_in(folder: str | Path, *kinds: str) -> dict[str, Any]:
 
 
 def _remove_ours(out: Path) -> None:
-    """Remove the files that runs write, and the folders that are then empty; the lock and all else stay."""
+    """Remove the files that runs write, and the folders that are then empty; the record, the lock and all else stay."""
     names = [f"*/{name}" for name in OURS.split()] + [f"*/{name}/*" for name in OUR_FOLDERS]
     for path in sorted(out.rglob("*"), reverse=True):  # what is in a folder before the folder
         if path.is_dir() and not path.is_symlink():
             if not any(path.iterdir()):
                 path.rmdir()
-        elif any(fnmatchcase(f"/{path.relative_to(out).as_posix()}", name) for name in names):
+        elif path != out / RUN_FILE and any(fnmatchcase(f"/{path.relative_to(out).as_posix()}", n) for n in names):
             remove(path)

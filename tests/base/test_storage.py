@@ -3,7 +3,9 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from sae_italian.base import storage
 from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.storage import (
     atomic_path,
@@ -77,9 +79,32 @@ def test_a_folder_is_held_while_it_is_written_and_the_lock_leaves_nothing(tmp_pa
         assert [path.name for path in out.iterdir()] == ["run.json"]
 
 
-def test_a_full_disk_is_told_from_a_defect(tmp_path):
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_disk_without_locks_says_which_file_to_remove(tmp_path, monkeypatch):
+    def missing(_handle, _how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    out = tmp_path / "out"
+    monkeypatch.setattr("fcntl.flock", missing)
+    with (
+        claimed(out, "cache", {}),
+        pytest.raises(UsageError, match=f"another folder; if no process is, remove {out}/.lock."),
+    ):
+        claim(out, "cache", {}, resume=True)
+    assert claim(out, "cache", {}, resume=True) is True  # the lock went with the run
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+    ],
+)
+def test_a_full_disk_is_told_from_a_defect(tmp_path, error):
     with pytest.raises(UsageError, match="is full .*GiB free.*--resume"), disk_errors(tmp_path):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
     with pytest.raises(OSError, match="denied"), disk_errors(tmp_path):
         raise OSError(errno.EACCES, "denied")
 
@@ -107,6 +132,28 @@ def test_overwriting_takes_our_own_files_of_the_same_kind_and_no_other(tmp_path)
         assert not continuing
     left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert left == {"run.json", *others} and not (out / "checkpoints").exists()
+
+
+def test_who_is_killed_while_a_run_is_removed_leaves_what_can_be_overwritten_and_not_resumed(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with claimed(out, "cache", {"n": 1}):
+        for name in ("manifest.json", "stats.parquet", "tokens/00000.safetensors", "notes.txt"):
+            write_text(out / name, name)
+    remove = storage.remove
+
+    def killed(path):
+        if path.name == "manifest.json":  # what is removed last
+            raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(storage, "remove", killed)
+        claim(out, "cache", {"n": 1}, overwrite=True)
+    assert not (out / "tokens").exists()
+    with pytest.raises(UsageError, match="use --overwrite"):
+        claim(out, "cache", {"n": 1}, resume=True)
+    assert claim(out, "cache", {"n": 1}, overwrite=True) is False
+    assert {path.name for path in out.iterdir()} == {"run.json", "notes.txt"}
 
 
 @pytest.mark.parametrize("content", ['{"name": "my own"}', "[]", '{"kind": "train"}', "{", "9" * 6000, "[" * 100_000])
