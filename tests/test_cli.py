@@ -1,7 +1,11 @@
 """The commands as a person types them: what they print, what they refuse, and with which exit code."""
 
+import errno
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +56,39 @@ def test_corpora_show(capsys, jsonl, tmp_path):
     (tmp_path / "odd.jsonl").write_text(json.dumps({"text": odd}))
     code, out, _ = run(capsys, "corpora", "show", tmp_path / "odd.jsonl")
     assert odd in out.replace("\n  ", "\n"), "what looks like Markdown in a document is its text"
+
+
+def test_the_home_that_a_shell_leaves_to_us_is_put_in(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "città mia"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    told = run(capsys, "corpora", "stats", "micro-italiano", "--documents", 20, "--out=~/a.svg", "--json")
+    assert told[0] == 0 and json.loads(told[1])["documents"] == 20
+    assert (tmp_path / "città mia" / "a.svg").is_file() and not list(Path().iterdir())
+
+
+def test_what_the_output_cannot_write_is_no_fault(jsonl):
+    program = "import sys; from sae_italian.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "corpora", "show", jsonl, "--documents", "1"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "La citt? ? pi? bella" in done.stdout, done.stderr
+
+
+def test_what_was_measured_is_printed_where_it_cannot_be_kept(capsys, monkeypatch, trained_sae):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("sae_italian.evaluation.card.write_json", refused)
+    monkeypatch.setattr("sae_italian.cli.training.write_text", refused)
+    code, out, err = run(capsys, "evaluate", trained_sae, "--tokens", 500, "--json")
+    assert code == 2 and json.loads(out)["l0"]["value"] == 8
+    assert f"{trained_sae} cannot be written to (Permission denied)" in err and err.count("\n") == 1
+    code, out, err = run(capsys, "saes", "doctor", trained_sae, "--tokens", 512)
+    assert code == 2 and "k = 8" in out and "curves.svg cannot be written to" in err
 
 
 def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):

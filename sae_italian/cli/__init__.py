@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from inspect import BoundArguments, signature
+from io import TextIOWrapper
 from itertools import groupby, zip_longest
 from pathlib import Path
 from shlex import quote
@@ -78,7 +79,9 @@ def build() -> App:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    words, command, known = [word for word in given if word != "--json"], None, {}
+    home, command, known = os.path.expanduser("~"), None, {}  # noqa: PTH111  # which stays ~ where nobody has one
+    # shells leave the ~ of `--out=~/x`
+    words = [re.sub(r"(^|^[\w.-]+=)~(?=/|$)", lambda at: at[1] + home, word) for word in given if word != "--json"]
     try:
         _quiet_libraries()
         told = _entry(words)
@@ -108,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        said = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}; finished parts are kept."
-        return _fail(said, 2)
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}; finished parts are kept.", 2)
     except (MemoryError, RuntimeError) as error:
         if not re.search("out of memory|allocate", str(error)):  # as NumPy, CUDA and PyTorch's CPU say it
             raise
@@ -194,6 +197,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of lost connections we tell ourselves
     if not sys.stderr.isatty():  # in a log file the bars of downloads and of loading are noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":  # a letter that it cannot write is "?"
+        sys.stdout.reconfigure(errors="replace")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
@@ -263,9 +268,7 @@ Out = Annotated[Path | None, Parameter(help="Folder to write to; nothing is writ
 Model = Annotated[str | None, Parameter(help="Name, hub id or folder of the model; default: the SAE's own.")]
 Language = Annotated[Literal["it", "en"], Parameter(help="Language of what is written: it or en.")]
 Seed = Annotated[int, Parameter(help="Seed of every random draw.", validator=Number(gte=0, lt=2**63))]
-Latent = Annotated[int, Parameter(help="Number of the latent.")]
 Subject = Annotated[str, Parameter(help="Name, hub id or folder of the model.")]
-Thresholds = Annotated[Count, Parameter(help="Thresholds of the elimination, from 1e-5 to 1 nat; 50 as in the paper.")]
 Many = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 
 

@@ -48,8 +48,8 @@ def geometry(
     alive = {short: fired(name) for short, name in names.items()} | live
     result = measure(loaded, alive=alive, texts=texts, sample=sample, above=above, method=map, seed=seed)
     result.save(out)
-    notes = "".join(f"\nNote: {note}." for note in result.notes)
-    return Result(plain(result), f"{result.table()}{notes}\nmap: {out / 'map.html'}")
+    told = [result.table(), *(f"Note: {note}." for note in result.notes), f"map: {out / 'map.html'}"]
+    return Result(plain(result), "\n".join(told))
 
 
 def _known(saes: dict[str, Any], caches: list[Path]) -> tuple[dict[str, Any], dict[str, dict[int, str]]]:
@@ -57,18 +57,16 @@ def _known(saes: dict[str, Any], caches: list[Path]) -> tuple[dict[str, Any], di
     from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
     from sae_italian.autointerp.store import Store
 
-    alive, texts = {}, {}
-    hashes = {weights_hash(sae): name for name, sae in saes.items()}
+    alive, texts, hashes = {}, {}, {weights_hash(sae): name for name, sae in saes.items()}
     for folder in caches:
         cache = sae_italian.FeatureCache.open(folder)
-        name = hashes.get(cache.manifest.sae_hash)
-        if name is None:
+        if (name := hashes.get(cache.manifest.sae_hash)) is None:
             raise UsageError(f"{folder} was built with another SAE ({cache.manifest.sae}) than those given.")
         alive[name] = cache.statistics["count"] > 0
         if (cache.folder / STORE_FILE).is_file():
             with Store(cache.folder / STORE_FILE, {}) as store:
-                found = store.explanations(EXPLAINER)
-            texts[name] = {latent: e.text("it") for latent, e in found.items() if e.status == "ok"}
+                found = store.explanations(EXPLAINER).items()
+            texts[name] = {latent: e.text("it") for latent, e in found if e.status == "ok"}
     return alive, texts
 
 
@@ -169,8 +167,7 @@ def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str],
         if (there := other.cfg.metadata.hook_name) != (here := sae.cfg.metadata.hook_name):
             raise UsageError(f"{other_name} has hook_name {there!r}, the SAE {here!r}: compare SAEs of one site.")
         check_fits(other, model)
-    labels = label_names(banks)
-    words = []
+    labels, words = label_names(banks), []
     for number, bank in enumerate(banks):
         with one_of(len(banks) - number + 1, alike=False):  # the last part of the time is the probes'
             words.append(read_words(model, hook_name, bank, labels, context_size=context))

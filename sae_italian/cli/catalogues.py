@@ -54,8 +54,8 @@ def show_model(name: Name, /) -> dict[str, Any]:
         config = load_model_config(name)
         told |= config_facts(config)
         told["differences"] = config_differences(resolved.entry, config)
-        layers = f"blocks.0 to blocks.{config.num_hidden_layers - 1}"
-        told["hook_names"] = f"{layers}: {', '.join(f'{hook} ({site})' for site, hook in SITES.items())}"
+        hooks = ", ".join(f"{hook} ({site})" for site, hook in SITES.items())
+        told["hook_names"] = f"blocks.0 to blocks.{config.num_hidden_layers - 1}: {hooks}"
         told["bos"] = f"the tokenizer adds {bos_count(sae_italian.load_tokenizer(name))}"
     except UsageError as error:
         told["weights"] = str(error)
@@ -75,14 +75,16 @@ def check_model(
     lines = [f"{key:38} {value:.2e}" for key, value in result["differences"].items()]
     lines += [f"{backend} is left out: {why}" for backend, why in result["left_out"].items()]
     lines += [f"catalogue: {difference}" for difference in result["catalogue_differences"]]
-    lines.append("ok" if result["ok"] else "the backends differ by more than 1e-4")
+    differ = (
+        None if result["ok"] else SaeItalianError("the backends differ by more than 1e-4; please report this model.")
+    )
+    lines.append("the backends differ by more than 1e-4" if differ else "ok")
     if italian:
         from sae_italian.analysis import italian_skills
 
         result["italian"] = italian_skills(sae_italian.load_model(name))
         lines += [f"{skill:38} {value:.3f}" for skill, value in result["italian"].items()]
-    differ = SaeItalianError("the backends differ by more than 1e-4; please report this model.")
-    return Result(result, "\n".join(lines), None if result["ok"] else differ)
+    return Result(result, "\n".join(lines), differ)
 
 
 def import_model(
@@ -164,8 +166,8 @@ def list_corpora() -> Result:
     known = known_corpora()
     rows = [(MICRO, "no end", "MIT", "no", "in this package (gold labels)")]
     for name, entry in known.items():
-        size = f"{entry['bytes'] / 1e9:.1f} GB" if entry["bytes"] else "size not stated"
-        size = f"{entry['words'] / 1e9:.1f} G words" if entry["words"] else size
+        sizes = (f"{entry[of] / 1e9:.1f} {unit}" for of, unit in (("words", "G words"), ("bytes", "GB")) if entry[of])
+        size = next(sizes, "size not stated")
         rows.append((name, size, entry["licence"], "yes" if entry["gated"] else "no", ", ".join(entry["routes"])))
     return Result([*known.values()], table("name | size | licence | gated | routes", rows))
 
@@ -223,13 +225,12 @@ def stats(
         if typed := result["typed_special_tokens"]:
             told["typed <s>"] = f"{typed:,} documents hold a special token's name; it is read as characters"
     told["italian"] = f"{result['italian_share']:.1%} of every tenth document ({result['languages']})"
-    ends = f"10 % under {lengths['p10']:,.0f}, 10 % over {lengths['p90']:,.0f}"
-    told["characters"] = f"median {lengths['median']:,.0f}, {ends}"
+    told["characters"] = "median {median:,.0f}, 10 % under {p10:,.0f}, 10 % over {p90:,.0f}".format_map(lengths)
     if out:
         write_text(out, draw_histogram(result))
         told["picture"] = str(out)
-    counts = DocumentCounts(result["counts"]).lines()
-    return Result(result, "\n\n".join([facts(told), text_histogram(result), counts]))
+    parts = [facts(told), text_histogram(result), DocumentCounts(result["counts"]).lines()]
+    return Result(result, "\n\n".join(parts))
 
 
 def pretokenize(
@@ -267,5 +268,7 @@ def pretokenize(
     write(corpus, sae_italian.load_tokenizer(model), out, reader=reader, **asdict(folder), **packing)
     made = PretokenizedCorpus(out)
     n_tokens = len(made) * made.context_size
-    value = {"folder": str(out), "windows": len(made), "tokens": n_tokens, "counts": made.counts.as_dict()}
-    return Result(value, f"{out}: {len(made):,} windows, {n_tokens:,} tokens\n{made.counts.lines()}")
+    return Result(
+        {"folder": str(out), "windows": len(made), "tokens": n_tokens, "counts": made.counts.as_dict()},
+        f"{out}: {len(made):,} windows, {n_tokens:,} tokens\n{made.counts.lines()}",
+    )

@@ -13,20 +13,10 @@ from sae_italian.base.labels import read_words
 from sae_italian.base.pace import one_of
 from sae_italian.base.report import plain, save_result, table
 from sae_italian.base.storage import claimed, read_json, write_json, write_text
-from sae_italian.cli import (
-    Count,
-    Language,
-    Latent,
-    Model,
-    Result,
-    Sae,
-    Seed,
-    Subject,
-    Thresholds,
-    key_values,
-    own_words,
-    short_names,
-)
+from sae_italian.cli import Count, Language, Model, Result, Sae, Seed, Subject, key_values, own_words, short_names
+
+Latent = Annotated[int, Parameter(help="Number of the latent.")]
+Thresholds = Annotated[Count, Parameter(help="Thresholds of the elimination, from 1e-5 to 1 nat; 50 as in the paper.")]
 
 
 def ioi(
@@ -98,8 +88,7 @@ def agreement(
     """
     from sae_italian.analysis.tasks import agreement_pairs, number_pairs, read_minimal_pairs, score_choices
 
-    made = agreement_pairs(check, seed=seed, language=language)
-    pairs = read_minimal_pairs(pairs_file) if pairs_file else made
+    pairs = read_minimal_pairs(pairs_file) if pairs_file else agreement_pairs(check, seed=seed, language=language)
     loaded = sae_italian.load_model(model)
     with one_of(2 if sae else 1, alike=False):
         found = score_choices(loaded, loaded.tokenizer, pairs)
@@ -199,8 +188,9 @@ def tree(
 # --- attribution graphs -----------------------------------------------------------------------------------------------
 
 
-SETTINGS: dict[str, Any] = {"max_nodes": 4096, "batch": 0, "check": 0, "study": 0, "memory": 0.0}
-SETTINGS |= dict.fromkeys(("target", "against", "labels"), "")
+SETTINGS: dict[str, Any] = {"max_nodes": 4096, "batch": 0, "check": 0, "study": 0, "memory": 0.0} | dict.fromkeys(
+    ("target", "against", "labels"), ""
+)
 
 
 def graph(
@@ -269,9 +259,8 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
     with one_of(2 if settings["check"] else 1):  # the random transcoders' graph takes as long
         found = attribute(loaded, saes, prompt, **how)
     value = {"prompt": prompt, "model": model, "n_active": found.n_active, **plain(scores(found))}
-    latents = {}
-    if settings["labels"]:
-        latents = latents_of(Path(settings["labels"]), saes, found, out or Path(), loaded.tokenizer)
+    where = out or Path(), loaded.tokenizer
+    latents = latents_of(Path(settings["labels"]), saes, found, *where) if settings["labels"] else {}
     labels = {key: told["label_en"] for key, told in latents.items()}
     text, files = summary(found, labels), {"graph": graph_svg(found)} if out else {}
     if gap := sorted({*range(found.n_layers)} - {*layers_of(saes, loaded)}):
@@ -309,11 +298,9 @@ def transcoder_folders(folder: Path) -> list[Path]:
     """Return a transcoder's folder, or those of a suite's; SAEs of other sites beside them are left out."""
     if (folder / "cfg.json").exists():
         return [folder]
-    found = [path.parent for path in sorted(folder.glob("*/cfg.json"))]
-    configs = [(path, read_json(path / "cfg.json")) for path in found]
-    mine = [
-        path for path, config in configs if isinstance(config, dict) and "transcoder" in str(config.get("architecture"))
-    ]
+    configs = {path.parent: read_json(path) for path in sorted(folder.glob("*/cfg.json"))}
+    kinds = {path: config.get("architecture") for path, config in configs.items() if isinstance(config, dict)}
+    mine = [path for path, kind in kinds.items() if "transcoder" in str(kind)]
     if not mine:
         raise UsageError(f"{folder} holds no transcoders. Train some with `sae-italian train mini/transcoders`.")
     return mine

@@ -120,8 +120,9 @@ def _sent(folder: Path, space: str) -> str:
     try:
         return send_space(folder, space)
     except UsageError as error:
-        by_hand = f"Or from elsewhere: hf upload {space} {folder} . --repo-type space"
-        raise UsageError(f"{folder} is written and not sent: {error} {by_hand}") from error
+        raise UsageError(
+            f"{folder} is written and not sent: {error} Or from elsewhere: hf upload {space} {folder} . --repo-type space"
+        ) from error
 
 
 def _llm_settings(endpoint: str | None, llm_model: str | None, language: Literal["it", "en"], rare: list[str]):
@@ -166,8 +167,8 @@ def _suite(folder: Path, words: tuple[str, ...], out: Path | None) -> Result:
     found = latents_of(sentence, rows) if sentence else []
     out = out or folder.resolve().with_name(f"{name}-overview")
     index = write_overview(rows, out, f"Suite: {name}", found, sentence)
-    value = {"overview": str(index), "rows": rows, "latents": found}
-    return Result(value, f"{overview_text(rows, found)}\n\nOverview: {index}")
+    text = f"{overview_text(rows, found)}\n\nOverview: {index}"
+    return Result({"overview": str(index), "rows": rows, "latents": found}, text)
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -330,14 +331,14 @@ def _transcoder_set(
     from sae_italian.cli.causal import transcoder_folders
 
     source, (first, *others) = Source(**text), transcoder_folders(Path(folder))
-    size = {"n_tokens": tokens} if tokens else {}
+    size: Any = {"n_tokens": tokens} if tokens else {}
     sae, model, corpus = source.load(str(first))
     saes = [sae, *map(sae_italian.load_sae, others)]
     caches = caches_of(Path(labels), saes) if labels else {}
-    name = model.loaded_from["name"]
     spec = {"source": Path(folder), "labels": labels or None, **text, **size}
     with claimed(out, "transcoder set", spec, resume=True, overwrite=overwrite):
-        rows = export_set(saes, model, out, name=name, corpus=corpus, caches=caches, **source.reading, **size)
+        where: Any = {"name": model.loaded_from["name"], "corpus": corpus, "caches": caches, **source.reading}
+        rows = export_set(saes, model, out, **where, **size)
     return Result({"folder": str(out), "layers": rows}, set_text(rows, out))
 
 

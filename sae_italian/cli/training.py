@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,8 @@ def quickstart(
     from sae_italian.quickstart import CARD_TOKENS, table_of
     from sae_italian.quickstart import quickstart as run
 
-    card, overrides = own_words(words, {"card_tokens": CARD_TOKENS})
-    results = run(out, config, *overrides, cache_tokens=tokens, latents=n_latents, **card, **asdict(folder))
+    own, overrides = own_words(words, {"card_tokens": CARD_TOKENS})
+    results = run(out, config, *overrides, cache_tokens=tokens, latents=n_latents, **own, **asdict(folder))
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     return Result(results, f"\n{table_of(results)}\n\nReport: {results['report']}\nAll of it, in {out}: {size:.0f} MB")
 
@@ -105,9 +106,9 @@ def train(
     if processes:
         raise UsageError("--processes is for one SAE; the groups of a suite are independent and take --workers.")
     out = out.resolve()  # a worker may have another working directory
-    gpus = float(any(spec.device.startswith("cuda") for spec in suite.members().values()))
-    run_units = where.map(out, gpus=gpus)
-    saes = [str(each) for each in sae_italian.train_suite(suite, out, **asdict(folder), run_units=run_units)]
+    gpus = any(spec.device.startswith("cuda") for spec in suite.members().values())
+    how: Any = asdict(folder) | {"run_units": where.map(out, gpus=float(gpus))}
+    saes = [str(each) for each in sae_italian.train_suite(suite, out, **how)]
     return Result({"suite": str(out), "saes": saes}, "\n".join(f"SAE: {each}" for each in saes))
 
 
@@ -137,14 +138,21 @@ def evaluate(
     loaded, model, corpus = source.load(sae)
     size: dict[str, Any] = {"n_tokens": tokens or 100_000, "at_most": tokens is None, "loss_tokens": loss_tokens}
     card = sae_italian.evaluate(loaded, model, corpus, name=sae, **size, **source.reading)
-    if Path(sae).is_dir():
-        card.save(Path(sae))
+    failure = _unkept(partial(card.save, Path(sae)), sae) if Path(sae).is_dir() else None
     seeds = read_seeds(Path(sae))
     if seeds is None:
-        return Result(plain(card), card.markdown())
+        return Result(plain(card), card.markdown(), failure)
     share, n = Estimate(**seeds["share"]), len(seeds["seeds"])
     found = f"Latents found in {n} of {n} seeds: {shown(share, '.1%')}, of random directions {seeds['random']:.1%}."
-    return Result({**plain(card), "seeds": seeds}, f"{card.markdown()}\n\n{found}")
+    return Result({**plain(card), "seeds": seeds}, f"{card.markdown()}\n\n{found}", failure)
+
+
+def _unkept(keep: Callable[[], object], where: object) -> UsageError | None:
+    """Keep what was measured; return what to fail with, once it is printed, where that cannot be done."""
+    try:
+        keep()
+    except OSError as error:
+        return UsageError(f"{where} cannot be written to ({error.strerror or error}): what is printed is all there is.")
 
 
 def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, source: Source = Source()) -> Result:
@@ -160,7 +168,7 @@ def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, sourc
     from sae_italian.training.curves import look_at_training
     from sae_italian.training.logging import WEIGHTS
 
-    folder, picture = Path(sae), None
+    folder, picture, failure = Path(sae), None, None
     if not (folder / "cfg.json").is_file() and any(folder.glob("*TC*/cfg.json")):
         return _doctor_of_set(folder, tokens, source)
     trained_here = record_in(folder).get("kind") == "train"
@@ -178,11 +186,11 @@ def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, sourc
         checks, svg = look_at_training(folder)
         report.checks += checks
         picture = out or folder / "curves.svg"
-        write_text(picture, svg)
-    failed = [check.name for check in report.checks if check.status == "fail"]
-    failure = UsageError(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}.")
-    text = report.text() + (f"\ncurves: {picture}" if picture else "")
-    return Result({**plain(report), "status": report.status, "picture": picture}, text, failure if failed else None)
+        failure = _unkept(partial(write_text, picture, svg), picture)
+    if failed := [check.name for check in report.checks if check.status == "fail"]:
+        failure = UsageError(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}.")
+    value = {**plain(report), "status": report.status, "picture": picture}
+    return Result(value, report.text() + (f"\ncurves: {picture}" if picture else ""), failure)
 
 
 def _doctor_of_set(folder: Path, tokens: int, source: Source) -> Result:
