@@ -64,10 +64,9 @@ def latents_of(folder: Path, transcoders: Sequence[Any], graph: Graph, out: Path
 
 def _told(source: LatentSource, latent: int, href: str) -> dict[str, Any]:
     explained = source.llm_explanation(latent) or source.explained(EXPLAINER, latent)
-    groups = source.card(latent)["groups"]
     contexts = [
         {"max": c["max"], "segments": [*map(list, c["segments"])]}
-        for group in groups[:1]
+        for group in source.card(latent)["groups"][:1]
         for c in group["contexts"][:CONTEXTS]
     ]
     return {
@@ -99,8 +98,7 @@ def graphs_beside(cache: FeatureCache, out: Path) -> dict[int, list[dict[str, st
             if Path(str(spec.get("transcoders", ""))).resolve() in (sae, sae.parent):
                 graph = Graph.load(file.parent)
                 page = os.path.relpath(file.with_name("index.html"), out.resolve())
-                nodes = graph.nodes[graph.latents]
-                nodes = {node.index.item(): node for node in nodes[nodes.layer == layer]}
+                nodes = {node.index.item(): node for node in graph.nodes[graph.latents] if node.layer == layer}
                 for latent, node in nodes.items():
                     address = f"{page}#node={id_of(node, graph.n_layers)}"
                     found.setdefault(latent, []).append({"prompt": graph.prompt, "href": address})

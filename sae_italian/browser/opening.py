@@ -80,7 +80,7 @@ def nearest_in_meaning(source: LatentSource, encoder: str, sentence: str) -> lis
 def meaning_vectors(source: LatentSource, encoder: str) -> Float[np.ndarray, "2 d_sae d"]:
     """Return the vectors of what a cache's latents are called, and of their strongest passages.
 
-    They are kept in the cache's folder and made again for other texts, and for another encoder.
+    They are kept in the cache's folder, where it can be written, and made again for other texts and another encoder.
     """
     rows, file = source.rows(), source.cache.folder / MEANING
     names = zip(*(rows[name] for name in ("title_it", "explanation_it", "llm_it")), strict=True)
@@ -92,7 +92,7 @@ def meaning_vectors(source: LatentSource, encoder: str) -> Float[np.ndarray, "2 
         if str(kept["made_of"]) == made_of:
             return kept["vectors"]
     vectors = encode(texts, encoder).reshape(2, source.d_sae, -1)
-    with atomic_path(file) as temporary, temporary.open("wb") as handle:
+    with suppress(OSError), atomic_path(file) as temporary, temporary.open("wb") as handle:
         np.savez(handle, vectors=vectors, made_of=made_of)
     return vectors
 
@@ -233,8 +233,9 @@ def match_latents(source: LatentSource, other: LatentSource) -> dict[str, list[A
             )
         units.append(one.decoder.units)
     if units[0].shape[1] != units[1].shape[1]:
-        sizes = " and ".join(str(each.shape[1]) for each in units)
-        raise UsageError(f"the SAEs write {sizes} numbers: only SAEs of one model can be compared.")
+        raise UsageError(
+            f"the SAEs write {units[0].shape[1]} and {units[1].shape[1]} numbers: only SAEs of one model can be compared."
+        )
     found: dict[str, list[Any]] = {}
     for index, cosine, pair in (("latent", "cosine", units), ("back", "back_cosine", units[::-1])):
         nearest = nearest_directions(*pair)

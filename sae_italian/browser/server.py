@@ -71,8 +71,7 @@ class Server(BaseHTTPMiddleware):
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="live")
         sources = [answers.source, *([answers.other.source] if answers.other else [])]
-        files = [source.cache.folder / MANIFEST for source in sources]
-        self.manifests = [(file, file.read_bytes()) for file in files]
+        self.manifests = [(file, file.read_bytes()) for file in (one.cache.folder / MANIFEST for one in sources)]
         self._rows: tuple[Any, Response] | None = None
         js, css = script("served"), style()
         routes = [

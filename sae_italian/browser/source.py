@@ -17,7 +17,7 @@ from sae_italian.autointerp.run import STORE_FILE
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Explanation, Store
 from sae_italian.autointerp.work import TITLE, WHOLE, made_now, with_now
-from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.report import plain
 from sae_italian.base.storage import read_json, utc_now
 from sae_italian.browser.contexts import file_name, passages_of, samples
@@ -27,6 +27,7 @@ from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.corpora.stream import mixture
 from sae_italian.evaluation.card import read_card, read_seeds
 from sae_italian.models import parse_hook_name, resolved_here
+from sae_italian.saes import load_sae, weights_hash
 
 RESULTS = "results.json"
 SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
@@ -67,18 +68,22 @@ class LatentSource:
         self.model: Any = None if sae is None else model
         self._document = lru_cache(8192)(cache.document)
         self._samples: dict[int, str] = {}
-        self.seeds = read_seeds(Path(cache.manifest.sae)) or {}
-        self._read_results(cache.folder / RESULTS)
+        trained = Path(cache.manifest.sae)
+        with suppress(SaeItalianError, OSError):  # one that cannot be read may be the cache's
+            if sae is None and trained.is_dir() and weights_hash(load_sae(trained)) != cache.manifest.sae_hash:
+                trained = cache.folder  # another was trained there since, whose card and seeds are not this one's
+        self.seeds = read_seeds(trained) or {}
+        self._read_results(cache.folder / RESULTS, trained)
         self.graphs: dict[int, list[Record]] = {}  # by latent, those that a page beside them links to
         self._local, self._version = threading.local(), None
         self.refresh()
 
-    def _read_results(self, file: Path) -> None:
+    def _read_results(self, file: Path, sae: Path) -> None:
         try:
             results = read_json(file) if file.is_file() else {}
             if "card" not in results:  # `evaluate` leaves it with the SAE; an older version's is not shown
                 with suppress(DataError):
-                    results["card"] = plain(read_card(Path(self.cache.manifest.sae)))
+                    results["card"] = plain(read_card(sae))
             self.metrics: list[Record] = records(results, "metrics")
             self.controls: list[Record] = records(results, "controls")
             self.gold: list[dict[str, Any]] = list(results.get("gold") or [])
@@ -232,8 +237,7 @@ class LatentSource:
         store = self.store()
         rows = store.connection.execute(_SCORES, (latent,)) if store else ()
         names = {of[latent].explainer: name for name, of in self.explanations.items() if latent in of}
-        shown = ((*row[:-1], names[row[-1]]) for row in rows if row[-1] in names)
-        return [dict(zip(SCORE_FIELDS, row, strict=True)) for row in shown]
+        return [dict(zip(SCORE_FIELDS, (*row, names[of]), strict=True)) for *row, of in rows if of in names]
 
     def _pairs(self, latent: int, ids: str, values: str) -> Iterator[tuple[int, float]]:
         return zip(self.stats[ids][latent].tolist(), self.stats[values][latent].tolist(), strict=True)

@@ -17,8 +17,7 @@ from sae_italian.browser.graph import report_beside
 from sae_italian.browser.opening import loaded_sae, open_pages
 from sae_italian.browser.page import static_text, style, template
 from sae_italian.browser.source import RESULTS
-from sae_italian.cache import FeatureCache
-from sae_italian.cache.layout import Manifest
+from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.models import parse_hook_name
 from sae_italian.saes import model_of
 
@@ -139,7 +138,7 @@ def latents_of(sentence: str, rows: Sequence[Row]) -> list[Row]:
         model = model or model_of(sae, cache.manifest.model)
         pages = open_pages(cache.folder, weights={"sae": sae, "model": model}, live=True)
         said = pages.live.call("tokens", {"sentence": sentence}) if pages.live else {"strongest": []}
-        fired = [own for own in said["strongest"] if own["share"]]  # none for a latent that the cache never saw fire
+        fired = (own for own in said["strongest"] if own["share"])  # none for a latent that the cache never saw fire
         for own in sorted(fired, key=lambda own: -own["share"])[:PER_SAE]:
             told = pages.source.row(own["latent"])
             names = {f"title_{lang}": told[f"title_{lang}"] or told[f"explanation_{lang}"] for lang in ("it", "en")}
@@ -186,11 +185,9 @@ def overview_page(rows: list[Row], title: str, out: Path, found: Sequence[Row] =
 
 def _values(rows: Sequence[Row]) -> pd.DataFrame:
     """Return place and numbers of each SAE, a column each; NaN where nothing was measured."""
-    keys = [number.key for number in NUMBERS]
     places = [{name: row[name] for name in ("site", "d_sae", "layer")} for row in rows]
-    return pd.DataFrame(places).join(
-        pd.DataFrame([{key: row[key]["value"] for key in keys} for row in rows], dtype=float)
-    )
+    values = [{number.key: row[number.key]["value"] for number in NUMBERS} for row in rows]
+    return pd.DataFrame(places).join(pd.DataFrame(values, dtype=float))
 
 
 def picture(rows: list[Row]) -> str:

@@ -16,6 +16,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import LOCK_FILE, atomic_path, locked, read_json, remove, write_json, write_text
+from sae_italian.base.storage import LOCK_FILE, atomic_path, locked, path_of, read_json, remove, write_json, write_text
 from sae_italian.browser.directions import rounded
 from sae_italian.browser.page import Record, page, script, style
 from sae_italian.browser.source import SCORE_FIELDS
@@ -56,7 +57,7 @@ def write_browser(
     Raises: UsageError if `out` holds anything that is not ours, or another process writes it; DataError if a number
     is not finite.
     """
-    out = Path(out).resolve()
+    out = path_of(out).resolve()
     with _replaced_folder(out) as folder:
         run, facts = _write_source(folder, "data", source, other[0] if other else None)
         (folder / "assets").mkdir()
@@ -79,6 +80,8 @@ def _replaced_folder(out: Path) -> Iterator[Path]:
     aside = out.with_name(f".{out.name}.{os.getpid()}.old")
     with locked(out):
         _refuse_foreign(out)
+        for left in out.parent.glob(f".{escape(out.name)}.*.tmp"):  # a killed process'
+            remove(left)
         try:
             with atomic_path(out) as fresh:
                 fresh.mkdir()
@@ -87,15 +90,19 @@ def _replaced_folder(out: Path) -> Iterator[Path]:
         finally:
             if not out.exists():
                 aside.rename(out)
-            remove(aside)
+    remove(aside)  # not before: NFS keeps the lock's open file, and so its folder
 
 
 def space_card(run: Record) -> str:
     """Return the README.md of the Space that shows a browser."""
     from huggingface_hub import SpaceCard, SpaceCardData
 
-    tags = ["sparse-autoencoder", "saelens", "sae-italian"]
-    front = SpaceCardData(title=run["title"][:80], sdk="static", app_file="index.html", tags=tags)
+    front = SpaceCardData(
+        title=run["title"][:80],
+        sdk="static",
+        app_file="index.html",
+        tags=["sparse-autoencoder", "saelens", "sae-italian"],
+    )
     said = (
         f"Latenti di / latents of {run['model']}, `{run['hook_name']}`: {run['d_sae']:,}, {run['n_tokens']:,} token "
         f"di / of {run['corpus']}.\n\nPagina fatta da / page made by `sae-italian browse CACHE --to-space OWNER/NAME`."

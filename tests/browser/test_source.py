@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from sae_italian.autointerp import AutointerpConfig, run_autointerp
 from sae_italian.autointerp.store import Label, Store
@@ -25,7 +26,7 @@ from sae_italian.browser.opening import match_latents
 from sae_italian.browser.page import records
 from sae_italian.browser.source import LatentSource, labels_of, public_name
 from sae_italian.browser.write import write_browser
-from sae_italian.cache import FeatureCache
+from sae_italian.cache import FeatureCache, Manifest
 from sae_italian.saes import load_sae
 from tests.browser.data_files import read_data
 from tests.browser.exports.test_others import a_card
@@ -348,6 +349,16 @@ def test_a_source_is_told_by_its_file_name(source, shown):
     assert file_name(source) == shown and file_name("uonlp/CulturaX") == "uonlp/CulturaX"
 
 
+def test_a_card_of_another_sae_trained_in_the_same_folder_is_not_shown(small_cache, mini, trained_sae, tmp_path):
+    trained = shutil.copytree(trained_sae, tmp_path / "sae")
+    (trained / "seeds.json").write_text(json.dumps({"found": [2] * 256, "seeds": [0, 1]}))
+    made = FeatureCache(small_cache, Manifest.load(small_cache).model_copy(update={"sae": str(trained)}))
+    assert LatentSource(made, mini.tokenizer).card(0)["seeds"] == {"found": 2, "of": 2}
+    weights = load_file(trained / "sae_weights.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, trained / "sae_weights.safetensors")
+    assert LatentSource(made, mini.tokenizer).card(0)["seeds"] is None
+
+
 # --- by meaning ---------------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +377,8 @@ def test_the_nearest_by_meaning_are_those_of_explanation_or_passage(source, cach
     assert asked == [512, 1, 1]  # both texts of 256 latents once, then the sentences
     assert opening.nearest_in_meaning(source, "letters", "x") and asked[3:] == [1]
     assert opening.nearest_in_meaning(source, "others", "x") and asked[4:] == [512, 1]  # another encoder's
+    monkeypatch.setattr(opening, "atomic_path", lambda _: (_ for _ in ()).throw(PermissionError("read only")))
+    assert opening.nearest_in_meaning(source, "letters", "x"), "another user's cache keeps no vectors"
     dead = int(np.argmin(cache.statistics["count"]))
     assert cache.statistics["count"][dead] == 0 and not opening.meaning_vectors(source, "letters")[:, dead].any()
 

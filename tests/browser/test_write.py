@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.labels import page_labels
+from sae_italian.base.storage import remove
 from sae_italian.browser import page, write_browser
 from sae_italian.browser.page import COLUMNS, Record
 from sae_italian.browser.write import characters, data_script
@@ -144,6 +145,26 @@ def test_an_earlier_browser_is_replaced_whole(tmp_path: Path, monkeypatch: pytes
     write_browser(out, titled(2, "second"))
     assert read_data(out / "data" / "run" / "0000.js")["run"]["title"] == "second"
     assert [path.name for path in (out / "data" / "cards").iterdir()] == ["0000.js"]
+
+
+def test_nothing_of_an_earlier_browser_is_open_when_it_goes_and_a_killed_one_goes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, gone = tmp_path / "out [1]", []
+
+    def removed(path: Path) -> None:
+        held = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]  # noqa: PTH208
+        assert not [file for file in held if file.startswith(f"{path}/")], "NFS would keep the folder"
+        gone.append(path.name)
+        remove(path)
+
+    write_browser(out, make_source(2))
+    (tmp_path / ".out [1].1.tmp" / "data").mkdir(parents=True)
+    monkeypatch.setattr("sae_italian.browser.write.remove", removed)
+    write_browser(out, make_source(2))
+    assert gone == [".out [1].1.tmp", f".out [1].{os.getpid()}.old"] and [path.name for path in tmp_path.iterdir()] == [
+        out.name
+    ]
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from sae_italian.autointerp.store import NOW
 from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import atomic_path, claimed, read_json, write_text
+from sae_italian.base.storage import atomic_path, claimed, path_of, read_json, write_text
 from sae_italian.browser.contexts import storable
 from sae_italian.browser.directions import rounded
 from sae_italian.browser.exports.latents import Facts, Latents, facts_of, make_row, names_of, row_id, tables
@@ -107,9 +107,8 @@ def _explanations(latents: Latents, batch: range) -> Iterator[Facts]:
             if text:
                 notes = {"explainer": explainer, "language": language, "detection_balanced_accuracy": score}
                 key = row_id(latents.facts, "explanation", latent, explainer, language)
-                told = json.dumps(notes, ensure_ascii=False, allow_nan=False)
-                own = {"index": str(latent), "row_id": key, "description": storable(text), "notes": told}
-                yield {**latents.facts, **own}
+                own = {"index": str(latent), "row_id": key, "description": storable(text)}
+                yield {**latents.facts, **own, "notes": json.dumps(notes, ensure_ascii=False, allow_nan=False)}
 
 
 def circuit_feature(latents: Latents, latent: int) -> Facts:
@@ -248,7 +247,7 @@ def export(
     Raises: UsageError for names that Neuronpedia refuses, latents that are not there, and a folder that holds something
     else.
     """
-    out, manifest = Path(out), cache.manifest
+    out, manifest = path_of(out), cache.manifest
     first, last = manifest.latent_bounds(latents)
     called, wanted = names_of(manifest, **(names or {})), range(first, last + 1)
     here = sae is not None and model is not None

@@ -73,14 +73,8 @@ def export_set(
 def set_text(rows: Sequence[Mapping[str, Any]], out: Path) -> str:
     """Return a Markdown table of what `export_set` returned."""
     pairs = (("l0_before", "l0"), ("explained_variance_before", "explained_variance"))
-    shown = [
-        (
-            row["layer"],
-            row["architecture"],
-            *(" -> ".join(f"{row[key]:.3g}" for key in pair if key in row) for pair in pairs),
-        )
-        for row in rows
-    ]
+    changes = ((" -> ".join(f"{row[key]:.3g}" for key in pair if key in row) for pair in pairs) for row in rows)
+    shown = [(row["layer"], row["architecture"], *own) for row, own in zip(rows, changes, strict=True)]
     read_with = f"circuit-tracer attribute --transcoder_set {out.resolve()}"
     return f"{table('layer | architecture | L0 | explained variance', shown)}\n\n{out}; read it with {read_with}"
 
