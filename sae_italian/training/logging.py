@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import WANDB_FILE, WandbRun
-from sae_italian.base.storage import write_json, write_text
+from sae_italian.base.storage import remove, write_json, write_text
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.cache.passages import marked
 from sae_italian.evaluation import evaluate
@@ -135,9 +134,9 @@ class RunLog:
 
         card = evaluate(sae, model, name=self.out.name, **self._held_out())
         card.save(self.out)
-        with tempfile.TemporaryDirectory(dir=self.out) as folder:
-            built = build_cache(sae, model, out=Path(folder) / "cache", split="heldout", **self._held_out())
-            latents: Any = latent_rows(FeatureCache.open(built), model.tokenizer)
+        built = build_cache(sae, model, out=self.out / ".latents.tmp", split="heldout", **self._held_out())
+        latents: Any = latent_rows(FeatureCache.open(built), model.tokenizer)
+        remove(built)
         measured = {key: x for key, x in card.estimates().items() if math.isfinite(x.value)}
         rows: Any = [[key, *x] for key, x in measured.items()]
         table = wandb.Table(columns=["metric", "value", "lo", "hi"], data=rows)

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -165,9 +164,10 @@ class SAERun:
 
     def evaluate(self, model: Any) -> None:
         """Judge the SAE as it would be saved now, and log the card's means as `eval/...`."""
-        with tempfile.TemporaryDirectory(dir=self.out) as folder:
-            self._folded().save_inference_model(folder)
-            self.log.evaluation(Path(folder), model, self.n_steps - 1)
+        folder = self.out / ".evaluated.tmp"  # a name that goes with the next claim, should this process be killed
+        self._folded().save_inference_model(folder)
+        self.log.evaluation(folder, model, self.n_steps - 1)
+        remove(folder)
 
     def _folded(self) -> Any:
         """Return a copy of the SAE in training with the input scale put into its weights: it takes raw activations."""

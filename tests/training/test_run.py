@@ -372,6 +372,18 @@ def test_evaluation_while_training_costs_no_training_token(small_spec, trained_s
     assert cards[1]["eval/explained_variance"] > cards[0]["eval/explained_variance"]
 
 
+def test_what_a_killed_evaluation_wrote_goes_with_the_next_start(small_spec, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sae_italian.training.logging.RunLog.evaluation", lambda _, folder, *__: seen.append(folder))
+    spec = small_spec.model_copy(update={"evaluate_every_tokens": 1024, "training_tokens": 2048})
+    out = train(spec, tmp_path / "out")
+    assert len(seen) == 2 and not seen[0].exists()
+    seen[0].mkdir()  # as a killed process leaves it
+    (seen[0] / "sae_weights.safetensors").touch()
+    train(spec, out, resume=True)
+    assert not seen[0].exists()
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_a_corpus_that_ends_early_saves_the_state_and_can_be_repeated(small_spec, tmp_path, jsonl, monkeypatch, seeds):
     monkeypatch.setattr(run_module, "check_length", lambda *_: None)  # as for a corpus of the hub
