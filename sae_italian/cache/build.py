@@ -152,7 +152,11 @@ def sae_facts(sae: Any) -> dict[str, Any]:
 def claimed_cache(folder: Path, manifest: Manifest, *, resume: bool, overwrite: bool) -> Iterator[Manifest]:
     """Hold `folder` while the block builds a cache there; yield its manifest, as an earlier build left it."""
     with claimed(folder, KIND, manifest.identity(), resume=resume, overwrite=overwrite) as continued:
-        yield Manifest.load(folder) if continued and (folder / layout.MANIFEST).is_file() else manifest
+        if continued and (folder / layout.MANIFEST).is_file():
+            here = {"sae": manifest.sae} if Path(manifest.sae).is_dir() else {}  # its SAE may have been moved since
+            manifest = Manifest.load(folder).model_copy(update=here)
+        yield manifest
+        manifest.save(folder)
         remove(folder / "runs")
 
 
@@ -160,8 +164,7 @@ def _build(job: EncodeJob, manifests: list[Manifest], run_units: UnitMap, at_mos
     """Do all four passes: tokens once for all caches; the shards that some cache lacks for all that lack any."""
     source = next((i for i, manifest in enumerate(manifests) if manifest.tokens_complete), 0)
     if not manifests[source].tokens_complete:
-        first = job.folders[source], manifests[source], job.model.tokenizer, job.cached
-        write_token_shards(*first, at_most=at_most)
+        write_token_shards(job.folders[source], manifests[source], job.model.tokenizer, job.cached, at_most=at_most)
     for folder, manifest in zip(job.folders, manifests, strict=True):
         share_tokens(job.folders[source], manifests[source].shards, folder, manifest)
     todo = [i for i, each in enumerate(manifests) if not all(shard.encoded for shard in each.shards)]
@@ -234,8 +237,7 @@ def transpose_range(folder: Path, manifest: Manifest, bounds: tuple[int, int]) -
         begin, end = indptr[[0, -1]].tolist()
         found = full_values(run, begin, end), run["row"][begin:end], indptr - begin
         # a copy: what is mapped holds its file open, and there may be thousands
-        shape = last + 1 - first, shard.n_windows * manifest.context_size
-        parts.append(csr_array(found, shape, copy=True))
+        parts.append(csr_array(found, (last + 1 - first, shard.n_windows * manifest.context_size), copy=True))
     acts: Csr = hstack(parts, "csr")
     arrays = {
         "indptr": acts.indptr.astype(np.uint64),

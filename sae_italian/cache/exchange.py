@@ -26,7 +26,6 @@ Datasets, each read with `datasets.load_from_disk`; a position is `window * cont
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from itertools import chain, pairwise
 from pathlib import Path
@@ -164,13 +163,14 @@ def _write_dataset(folder: Path, batches: Iterator[Any]) -> None:
     import pyarrow as pa
     from datasets import Dataset
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", suffix=".tmp") as scratch:
-        file, first = Path(scratch) / "rows.arrow", next(batches)
-        with pa.ipc.new_stream(str(file), first.schema) as writer:
-            for table in progress(folder.name, chain([first], batches), unit="batch"):
-                writer.write_table(table)
-        with atomic_path(folder) as temporary:
-            Dataset.from_file(str(file)).save_to_disk(str(temporary))
+    # a file, no folder: one that is still mapped would keep its folder on NFS
+    file, first = folder.with_name(f".{folder.name}.arrow.tmp"), next(batches)
+    with pa.ipc.new_stream(str(file), first.schema) as writer:
+        for table in progress(folder.name, chain([first], batches), unit="batch"):
+            writer.write_table(table)
+    with atomic_path(folder) as temporary:
+        Dataset.from_file(str(file)).save_to_disk(str(temporary))
+    file.unlink()
 
 
 def _latents(cache: FeatureCache, first: int, last: int) -> Iterator[Any]:

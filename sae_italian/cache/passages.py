@@ -184,8 +184,7 @@ class LatentActivations:
 
 def segment_starts(cache: FeatureCache, position: Int[np.ndarray, " n"], width: int) -> Int[np.ndarray, " n"]:
     """Return where the segment that holds each position starts."""
-    place = position % cache.manifest.context_size
-    return position - (place - cache.gather("run", position)) % width
+    return position - (position % cache.manifest.context_size - cache.gather("run", position)) % width
 
 
 def surroundings(

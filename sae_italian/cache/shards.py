@@ -293,8 +293,8 @@ def spans_by_prefixes(ids: list[int], text: str, tokenizer: Any) -> Int[np.ndarr
     The tokens of one character that is split over several share its span.
     """
     prefixes = tokenizer.batch_decode([ids[: i + 1] for i in range(len(ids))], clean_up_tokenization_spaces=False)
-    ends = np.array([len(prefix.rstrip(UNFINISHED)) for prefix in prefixes])
-    ends = np.minimum(np.maximum.accumulate(ends), len(text))
+    lengths = [len(prefix.rstrip(UNFINISHED)) for prefix in prefixes]
+    ends = np.minimum(np.maximum.accumulate(lengths), len(text))
     starts = np.concatenate([[0], ends[:-1]])
     unfinished = [i for i, prefix in enumerate(prefixes) if prefix.endswith(UNFINISHED) and ends[i] < len(text)]
     ends[unfinished] += 1

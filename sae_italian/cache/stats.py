@@ -226,8 +226,7 @@ def _shared(cache: FeatureCache, position: Int[np.ndarray, " n"], begins: Int[np
         latents.append(arrays["latent"][places(begin, sizes[-1])].astype(np.int32))
     latent, rows = np.concatenate(latents), np.cumsum(np.concatenate(sizes))
     on_token = csr_array((np.ones(len(latent), np.int32), latent, rows), (len(where), cache.manifest.d_sae))
-    own = csr_array((np.ones(len(column), np.int32), column, begins), (len(begins) - 1, len(where)))
-    return own @ on_token
+    return csr_array((np.ones(len(column), np.int32), column, begins), (len(begins) - 1, len(where))) @ on_token
 
 
 # --- decoder directions ----------------------------------------------------------------------------------------------

@@ -91,6 +91,16 @@ def test_a_full_disk_keeps_what_is_finished(mini, alone, tmp_path, monkeypatch, 
     assert digests(out) == digests(alone)
 
 
+def test_a_resumed_build_learns_where_its_sae_is_now(mini, tmp_path):
+    (tmp_path / "moved").mkdir()
+    how: Any = {**OPTIONS, "n_tokens": 2000, "resume": True}
+    out = build_cache(topk(1), mini, "micro-italiano", tmp_path / "c", sae_name=str(tmp_path / "old"), **how)
+    before = digests(out)
+    for name, remembered in ((str(tmp_path / "moved"), "moved"), ("in memory", "moved")):
+        build_cache(topk(1), mini, "micro-italiano", out, sae_name=name, **how)
+        assert Path(FeatureCache.open(out).manifest.sae).name == remembered and digests(out) == before
+
+
 def test_a_folder_that_cannot_be_written(mini, tmp_path):
     with pytest.raises(UsageError, match="cannot be written"):
         build_cache(topk(1), mini, "micro-italiano", "/proc/cache", **OPTIONS)

@@ -1,10 +1,12 @@
 """A cache as Hugging Face datasets, one row per latent, and back."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sae_italian.base.storage import remove
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.exchange import export_rows
 from sae_italian.cli import main
@@ -52,3 +54,19 @@ def test_an_export_that_was_killed_is_finished(small_cache, exported, tmp_path):
     (out / "manifest.json").unlink()
     export_rows(small_cache, out, resume=True)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in exported.iterdir())
+
+
+def test_no_folder_goes_while_a_file_in_it_is_mapped(small_cache, tmp_path, monkeypatch):
+    """NFS keeps such a file, and so its folder: to remove that would fail."""
+    rmtree = shutil.rmtree
+
+    def removed(path, *how, **more):
+        assert f"{path}/" not in Path("/proc/self/maps").read_text()
+        rmtree(path, *how, **more)
+
+    monkeypatch.setattr("shutil.rmtree", removed)
+    export_rows(small_cache, tmp_path / "rows", latents=(0, 3))
+    copy = shutil.copytree(small_cache, tmp_path / "copy")
+    FeatureCache.open(copy).latent(0)
+    remove(copy)
+    assert not copy.exists()
