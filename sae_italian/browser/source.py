@@ -24,6 +24,7 @@ from sae_italian.browser.contexts import file_name, passages_of, samples
 from sae_italian.browser.directions import Decoder
 from sae_italian.browser.page import COLUMNS, LABEL_SHOWN, Record, records
 from sae_italian.cache import FeatureCache, Manifest
+from sae_italian.cache.layout import MANIFEST
 from sae_italian.corpora.stream import mixture
 from sae_italian.evaluation.card import read_card, read_seeds
 from sae_italian.models import parse_hook_name, resolved_here
@@ -70,7 +71,9 @@ class LatentSource:
         self._samples: dict[int, str] = {}
         trained = Path(cache.manifest.sae)
         with suppress(SaeItalianError, OSError):  # one that cannot be read may be the cache's
-            if sae is None and trained.is_dir() and weights_hash(load_sae(trained)) != cache.manifest.sae_hash:
+            built = (cache.folder / MANIFEST).stat().st_mtime
+            changed = sae is None and any(file.stat().st_mtime > built for file in trained.glob("*.safetensors"))
+            if changed and weights_hash(load_sae(trained)) != cache.manifest.sae_hash:
                 trained = cache.folder  # another was trained there since, whose card and seeds are not this one's
         self.seeds = read_seeds(trained) or {}
         self._read_results(cache.folder / RESULTS, trained)
