@@ -146,7 +146,7 @@ class _Prompt:
     def __init__(self, model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, n_new_tokens: int = 0):
         self.model, (self.hook_in, self.hook_out) = model, edit_hooks(sae, model)
         if not hasattr(latent, "__index__"):
-            raise UsageError(f"latent is {latent!r}; a whole number from 0 to {sae.cfg.d_sae - 1} is one.")
+            raise UsageError(f"latent is {latent!r}; expected a whole number, 0 to {sae.cfg.d_sae - 1}.")
         self.direction: Float[Tensor, " d_out"] = written_directions(sae, [latent])[0].to(model.device, torch.float32)
         encoded: Any = tokenizer(prompt, return_tensors="pt")
         self.tokens: Int[Tensor, "1 pos"] = encoded.input_ids.to(model.device)

@@ -158,8 +158,8 @@ def test_a_silent_latent_has_no_positions(mini, identity_sae):
     [
         ((PROMPT, 300, [1.0]), "latents 0 to 299"),
         ((PROMPT, -1, [1.0]), "latents 0 to 299"),
-        ((PROMPT, 1.0, [1.0]), "latent is 1.0; a whole number, 0 to 299"),
-        ((PROMPT, "1", [1.0]), "latent is '1'; a whole number"),
+        ((PROMPT, 1.0, [1.0]), "latent is 1.0; expected a whole number, 0 to 299"),
+        ((PROMPT, "1", [1.0]), "latent is '1'; expected a whole number"),
         ((PROMPT, 1, []), "at least one finite strength"),
         ((PROMPT, 1, [1.0, float("inf")]), "at least one finite strength"),
         ((PROMPT, 1, [1.0], 0), "one new token"),
