@@ -27,14 +27,7 @@ from torch import Tensor
 from sae_italian import micro_italiano
 from sae_italian.analysis.latent import codes, token_of
 from sae_italian.analysis.tasks import ioi_pairs, number_pairs, words_for
-from sae_italian.analysis.treebank import (
-    category,
-    encode_words,
-    label_names,
-    micro_treebank,
-    read_words,
-    with_forms,
-)
+from sae_italian.analysis.treebank import category, encode_words, label_names, micro_treebank, read_words, with_forms
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced, time_bound
 from sae_italian.base.report import OURS, REFERENCE, shown, svg, table
