@@ -12,7 +12,7 @@ class SaeItalianError(Exception):
 
 
 class UsageError(SaeItalianError, ValueError):
-    """Something the user can fix: a name, a key, a file, a folder. The command line prints it in one line."""
+    """Something the user can fix: a name, a key, a file, a folder. The command line says it in one line."""
 
     exit_code = 2
 

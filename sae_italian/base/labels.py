@@ -37,7 +37,7 @@ def label(key: str, language: Language = "en") -> str:
 
 
 class _Filler(Formatter):
-    """Puts numbers into a text as its language writes them: 1.234,5 in Italian, and 12,3 % with its space."""
+    """Puts numbers into a text as its language writes them: 1.234,5 in Italian, 12,3 % with its space."""
 
     def __init__(self, language: Language):
         self.language = language
@@ -78,7 +78,7 @@ def read_word(word: str) -> tuple[str, Any]:
 
 
 def read_words(words: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that words give, each of the type that `kinds` has for it; a text needs no quotes.
+    """Return the settings that words give, each of the type that `kinds` has for it; text needs no quotes.
 
     Raises: UsageError for another form, an unknown key, and a value of another type.
     """

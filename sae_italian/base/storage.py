@@ -39,7 +39,7 @@ OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
 IS_WINDOWS = sys.platform == "win32"
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *(() if IS_WINDOWS else (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU))]
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a user's share of it, or the size of a file that is allowed
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a user's share of it, a file
 MEND = "Mend it, or make it again."
 # What is raised where a record lacks a field, or has one of another kind.
 ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, EOFError)
@@ -47,7 +47,7 @@ ODD = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, Recu
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, for a file or a folder; rename it there when the block ends well.
+    """Yield a temporary path beside `path`, for a file or a folder; rename it there if the block ends well.
 
     What is renamed is on the disk, its name too, and has the rights that the umask gives. Otherwise it is removed.
     """
@@ -306,7 +306,7 @@ def claimed(
         if continuing := bool(earlier) and not overwrite:
             for left in [path for path in out.rglob(".*") if _is_temporary(path)]:
                 remove(left)
-        elif earlier:  # whoever is killed while its files go leaves what can be overwritten, and not resumed
+        elif earlier:  # who is killed here leaves what can be overwritten, not resumed
             write_json(out / RUN_FILE, {**earlier, "spec": {}})
             _remove_ours(out)
         if not continuing or record != earlier:
@@ -370,7 +370,7 @@ def record_in(folder: str | Path, *kinds: str) -> dict[str, Any]:
 
 
 def _remove_ours(out: Path) -> None:
-    """Remove the files that runs write, and the folders that are then empty; the record, the lock and all else stay."""
+    """Remove the files that runs write and folders then empty; record, lock and all else stay."""
     names = [f"*/{name}" for name in OURS.split()] + [f"*/{name}/*" for name in OUR_FOLDERS]
     for path in sorted(out.rglob("*"), reverse=True):  # what is in a folder before the folder
         if path.is_dir() and not path.is_symlink():

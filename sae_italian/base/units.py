@@ -172,7 +172,7 @@ def _on_ray(
 
 def _cancel(ray: Any, left: list[Any]) -> None:
     """Stop what is not done and wait a little, so that a unit can remove the file it was writing."""
-    if left:  # Ray ends this process where a task is cancelled that is just done (its check "was not pending")
+    if left:  # Ray ends this process where a task is cancelled that is just done ("was not pending")
         _, left = ray.wait(left, num_returns=len(left), timeout=2)
     for reference in left:
         ray.cancel(reference)

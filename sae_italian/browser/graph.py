@@ -98,7 +98,7 @@ def graphs_beside(cache: FeatureCache, out: Path) -> dict[int, list[dict[str, st
             if Path(str(spec.get("transcoders", ""))).resolve() in (sae, sae.parent):
                 graph = Graph.load(file.parent)
                 page = os.path.relpath(file.with_name("index.html"), out.resolve())
-                nodes = {node.index.item(): node for node in graph.nodes[graph.latents] if node.layer == layer}
+                nodes = {one.index.item(): one for one in graph.nodes[graph.latents] if one.layer == layer}
                 for latent, node in nodes.items():
                     address = f"{page}#node={id_of(node, graph.n_layers)}"
                     found.setdefault(latent, []).append({"prompt": graph.prompt, "href": address})

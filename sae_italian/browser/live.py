@@ -1,4 +1,4 @@
-"""Live work on one cache's SAE and model: a sentence's latents, steering, ablation, an explanation made now.
+"""Live work on one cache's SAE and model: a sentence's latents, steering, ablation, explanations made now.
 
 The same object serves the server and the notebook. One call at a time: whoever shares it queues in front of it.
 """

@@ -80,7 +80,7 @@ def nearest_in_meaning(source: LatentSource, encoder: str, sentence: str) -> lis
 def meaning_vectors(source: LatentSource, encoder: str) -> Float[np.ndarray, "2 d_sae d"]:
     """Return the vectors of what a cache's latents are called, and of their strongest passages.
 
-    They are kept in the cache's folder, where it can be written, and made again for other texts and another encoder.
+    They are kept in the cache's folder if it can be written; made again for other texts, another encoder.
     """
     rows, file = source.rows(), source.cache.folder / MEANING
     names = zip(*(rows[name] for name in ("title_it", "explanation_it", "llm_it")), strict=True)

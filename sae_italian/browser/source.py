@@ -69,14 +69,14 @@ class LatentSource:
         self.model: Any = None if sae is None else model
         self._document = lru_cache(8192)(cache.document)
         self._samples: dict[int, str] = {}
-        trained = Path(cache.manifest.sae)
+        there = Path(cache.manifest.sae)
         with suppress(SaeItalianError, OSError):  # one that cannot be read may be the cache's
             built = (cache.folder / MANIFEST).stat().st_mtime
-            changed = sae is None and any(file.stat().st_mtime > built for file in trained.glob("*.safetensors"))
-            if changed and weights_hash(load_sae(trained)) != cache.manifest.sae_hash:
-                trained = cache.folder  # another was trained there since, whose card and seeds are not this one's
-        self.seeds = read_seeds(trained) or {}
-        self._read_results(cache.folder / RESULTS, trained)
+            younger = sae is None and any(file.stat().st_mtime > built for file in there.glob("*.safetensors"))
+            if younger and weights_hash(load_sae(there)) != cache.manifest.sae_hash:
+                there = cache.folder  # another was trained there since: its card is not shown
+        self.seeds = read_seeds(there) or {}
+        self._read_results(cache.folder / RESULTS, there)
         self.graphs: dict[int, list[Record]] = {}  # by latent, those that a page beside them links to
         self._local, self._version = threading.local(), None
         self.refresh()

@@ -138,7 +138,7 @@ def latents_of(sentence: str, rows: Sequence[Row]) -> list[Row]:
         model = model or model_of(sae, cache.manifest.model)
         pages = open_pages(cache.folder, weights={"sae": sae, "model": model}, live=True)
         said = pages.live.call("tokens", {"sentence": sentence}) if pages.live else {"strongest": []}
-        fired = (own for own in said["strongest"] if own["share"])  # none for a latent that the cache never saw fire
+        fired = (own for own in said["strongest"] if own["share"])  # else never seen to fire
         for own in sorted(fired, key=lambda own: -own["share"])[:PER_SAE]:
             told = pages.source.row(own["latent"])
             names = {f"title_{lang}": told[f"title_{lang}"] or told[f"explanation_{lang}"] for lang in ("it", "en")}

@@ -102,7 +102,7 @@ def widget_class() -> Any:
             self.send(reply)
 
         def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-            """Return the widget, and beside it plain HTML for whoever shows the notebook without a kernel."""
+            """Return the widget and beside it plain HTML for whoever shows the notebook without a kernel."""
             found = super()._repr_mimebundle_(**kwargs)
             data, metadata = found if isinstance(found, tuple) else (found or {}, {})
             html = Plain(self.answers.source, None if self.latent < 0 else self.latent)._repr_html_()

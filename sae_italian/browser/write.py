@@ -139,7 +139,7 @@ def _write_source(folder: Path, part: str, source: Any, compare: str | None = No
     sizes = {"rows_per_shard": ROWS_PER_SHARD, "cards_per_shard": CARDS_PER_SHARD}
     facts = {"rows": n_rows, "row_shards": len(starts), **sizes}
     _write_data(folder, f"{part}/run", 0, {"run": run, **facts, "compare": compare})
-    # A card's records hold each other in no circle: what was there before need not be searched again and again.
+    # A card's records hold each other in no circle: what was there before need not be searched again.
     gc.freeze()
     with progress("cards", total=n_rows, unit="latent") as bar:
         for index, start in enumerate(range(0, n_rows, CARDS_PER_SHARD)):

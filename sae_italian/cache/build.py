@@ -150,10 +150,10 @@ def sae_facts(sae: Any) -> dict[str, Any]:
 
 @contextmanager
 def claimed_cache(folder: Path, manifest: Manifest, *, resume: bool, overwrite: bool) -> Iterator[Manifest]:
-    """Hold `folder` while the block builds a cache there; yield its manifest, as an earlier build left it."""
+    """Hold `folder` while the block builds a cache there; yield its manifest as an earlier build left it."""
     with claimed(folder, KIND, manifest.identity(), resume=resume, overwrite=overwrite) as continued:
         if continued and (folder / layout.MANIFEST).is_file():
-            here = {"sae": manifest.sae} if Path(manifest.sae).is_dir() else {}  # its SAE may have been moved since
+            here = {"sae": manifest.sae} if Path(manifest.sae).is_dir() else {}  # it may have been moved
             manifest = Manifest.load(folder).model_copy(update=here)
         yield manifest
         manifest.save(folder)

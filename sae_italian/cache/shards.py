@@ -143,7 +143,7 @@ class EncodeJob:
     cached: CachedActivations | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parts = [(type(sae), sae.cfg, sae.state_dict()) for sae in self.saes]  # the object itself holds a lambda
+        parts = [(type(sae), sae.cfg, sae.state_dict()) for sae in self.saes]  # the object holds a lambda
         return _unpickled, (self.folders, parts, self.model, self.windows_per_shard, self.cached)
 
 

@@ -79,7 +79,7 @@ def build() -> App:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    home, command, known = os.path.expanduser("~"), None, {}  # noqa: PTH111  # which stays ~ where nobody has one
+    home, command, known = os.path.expanduser("~"), None, {}  # noqa: PTH111  # ~ where nobody has one
     # shells leave the ~ of `--out=~/x`
     words = [re.sub(r"(^|^[\w.-]+=)~(?=/|$)", lambda at: at[1] + home, word) for word in given if word != "--json"]
     try:
@@ -197,7 +197,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # of lost connections we tell ourselves
     if not sys.stderr.isatty():  # in a log file the bars of downloads and of loading are noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":  # a letter that it cannot write is "?"
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":  # the rest is "?"
         sys.stdout.reconfigure(errors="replace")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -209,7 +209,7 @@ def _quiet_libraries() -> None:
 class Result(NamedTuple):
     """What a command returns: a value for `--json`, the text for people, and what to fail with once it is printed.
 
-    A text may hold Markdown tables (`readable` lines them up); without one, the value's `facts` are printed.
+    A text may hold Markdown tables (`readable` lines them up); without one the value's `facts` are printed.
     """
 
     value: Any

@@ -299,7 +299,7 @@ def transcoder_folders(folder: Path) -> list[Path]:
     if (folder / "cfg.json").exists():
         return [folder]
     configs = {path.parent: read_json(path) for path in sorted(folder.glob("*/cfg.json"))}
-    kinds = {path: config.get("architecture") for path, config in configs.items() if isinstance(config, dict)}
+    kinds = {path: cfg.get("architecture") for path, cfg in configs.items() if isinstance(cfg, dict)}
     mine = [path for path, kind in kinds.items() if "transcoder" in str(kind)]
     if not mine:
         raise UsageError(f"{folder} holds no transcoders. Train some with `sae-italian train mini/transcoders`.")

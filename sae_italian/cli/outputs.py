@@ -337,8 +337,8 @@ def _transcoder_set(
     caches = caches_of(Path(labels), saes) if labels else {}
     spec = {"source": Path(folder), "labels": labels or None, **text, **size}
     with claimed(out, "transcoder set", spec, resume=True, overwrite=overwrite):
-        where: Any = {"name": model.loaded_from["name"], "corpus": corpus, "caches": caches, **source.reading}
-        rows = export_set(saes, model, out, **where, **size)
+        how: Any = {"name": model.loaded_from["name"], "corpus": corpus, "caches": caches, **source.reading}
+        rows = export_set(saes, model, out, **how, **size)
     return Result({"folder": str(out), "layers": rows}, set_text(rows, out))
 
 

@@ -176,7 +176,7 @@ class RunSpec(BaseModel):
             raise UsageError(f"sae.architecture {name!r} is unknown. {nearest(str(name), KNOWN)}")
         config_class = self._config_class(name, given)
         valid = sorted({field.name for field in fields(config_class)} - {"metadata", "device"})
-        # our tied SAE and transcoders know no other; with the auxiliary loss no token has a scale of its own
+        # our tied SAE and transcoders know no other; with the auxiliary loss no token has its own scale
         n_scales = 2 if name == "tied" or "d_out" in valid else 3 if "aux_loss_coefficient" in valid else 4
         # SAELens' gated SAE multiplies the activations, in the model's dtype, by its weights
         half = name != "gated" or self.dtype != "float32"
@@ -245,7 +245,7 @@ class RunSpec(BaseModel):
             "is_dataset_tokenized": False,
             # SAELens' buffer really holds n_batches_in_buffer * context_size tokens (reference/saelens.md section 5)
             "n_batches_in_buffer": max(self.buffer_tokens, 2 * self.train_batch_size_tokens) // self.context_size,
-            "n_batches_for_norm_estimate": NORM_ESTIMATE_BATCHES,  # SAELens would read 1,000 and throw them away
+            "n_batches_for_norm_estimate": NORM_ESTIMATE_BATCHES,  # SAELens would waste 1,000
             "logger": LoggingConfig(self.wandb != "off", wandb_project=project, wandb_entity=entity or None),
         }
         if self.dtype != "float32":  # SAELens loads its models in float32 whatever `dtype` is

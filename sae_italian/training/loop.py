@@ -164,7 +164,7 @@ class SAERun:
 
     def evaluate(self, model: Any) -> None:
         """Judge the SAE as it would be saved now, and log the card's means as `eval/...`."""
-        folder = self.out / ".evaluated.tmp"  # a name that goes with the next claim, should this process be killed
+        folder = self.out / ".evaluated.tmp"  # goes with the next claim after a kill
         self._folded().save_inference_model(folder)
         self.log.evaluation(folder, model, self.n_steps - 1)
         remove(folder)

@@ -78,7 +78,7 @@ class ActivationStream:
         self.cached = documents if isinstance(documents, CachedActivations) else None
         self.windows = WindowBlocks(documents, model.tokenizer, context_size, forward_windows, repeat=repeat)
         self.generator = torch.Generator().manual_seed(seed)
-        size = (len(self.hook_names), buffer_tokens, self.model.config.hidden_size)  # that of every hook we know
+        size = (len(self.hook_names), buffer_tokens, self.model.config.hidden_size)  # of every hook we know
         self.buffer: Rows = torch.empty(size, dtype=self.model.dtype, device=self.model.device)
         self.rest: Rows = self.buffer[:, :0].clone()  # read, not in the buffer yet
         self.holes: Int[Tensor, " holes"] = torch.arange(buffer_tokens)  # slots to be filled before the next batch
