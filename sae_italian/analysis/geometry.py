@@ -42,8 +42,8 @@ BEGAN = (
 )
 NEVER = -9.0  # log10 of a firing rate; SAELens writes -10 for a latent that never fired
 _HEAD = (
-    "latents of | against | D | sqrt(12 ln F / D) | largest random | median cosine | (random) | neighbours | new | "
-    "above random | mutual | splits"
+    "latents of | against | D | sqrt(12 ln F / D) | largest random | median cosine | (random) | "
+    "neighbours | new | above random | mutual | splits"
 )
 
 
@@ -150,8 +150,8 @@ def _check(saes: Mapping[str, Any]) -> list[str]:
         d, expected = sae.W_dec.shape[1], reference.W_dec.shape[1]
         if d != expected:
             raise UsageError(
-                f"{name} writes {d} dimensions (d_in), {first} {expected}: their directions cannot be compared. "
-                "Compare SAEs of one model and site."
+                f"{name} writes {d} dimensions (d_in), {first} {expected}: their directions cannot be "
+                "compared. Compare SAEs of one model and site."
             )
         for key in ("model_name", "hook_name"):
             here, there = getattr(sae.cfg.metadata, key, None), getattr(reference.cfg.metadata, key, None)

@@ -39,8 +39,8 @@ def edit_hooks(sae: Any, model: Any) -> tuple[str, str]:
     normalise = getattr(sae.cfg, "normalize_activations", "none")
     if normalise != "none":  # a scale that could be folded in is refused before
         raise UsageError(
-            f"the SAE has normalize_activations {normalise!r}, so a latent writes another direction for each token. "
-            "Use an SAE with none."
+            f"the SAE has normalize_activations {normalise!r}, so a latent writes another direction for "
+            "each token. Use an SAE with none."
         )
     return hooks_of(sae)
 

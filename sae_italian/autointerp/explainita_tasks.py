@@ -279,8 +279,8 @@ def replay(latents: Sequence[Latent], sae: Any, model: Any) -> dict[str, Any]:
             found[name].append(_agreement(stored, np.concatenate(ours)))
     if not any(found.values()):
         raise UsageError(
-            f"none of {n_known} sequences with activations could be tokenised again into its own tokens: is this "
-            "the model's tokenizer, and the split not `test`?"
+            f"none of {n_known} sequences with activations could be tokenised again into its own tokens: "
+            "is this the model's tokenizer, and the split not `test`?"
         )
     result: dict[str, Any] = {"latents": len(found["without BOS"]), "sequences": n_known, "tokenised_again": n_aligned}
     for name, rows in found.items():

@@ -81,8 +81,8 @@ class Store:
                 # labels, or what was asked on demand, may come first: what they did not say is claimed now
                 if known.get(key) != value and not (unused and key not in known):
                     raise UsageError(
-                        f"{path} was made with another {key} ({known.get(key)} then, {value} now): its scores do not "
-                        "hold for this run. Use --overwrite, or name another file."
+                        f"{path} was made with another {key} ({known.get(key)} then, {value} now): its "
+                        "scores do not hold for this run. Use --overwrite, or name another file."
                     )
             if unused and not read_only:
                 self.note(wanted)
@@ -114,8 +114,8 @@ class Store:
             then, now = json.loads(known), json.loads(value)
             changed = ", ".join(sorted(k for k in then | now if then.get(k) != now.get(k)))
             raise UsageError(
-                f"{self.path} holds work of {name} with other settings ({changed}). Use --overwrite, or name "
-                "another file."
+                f"{self.path} holds work of {name} with other settings ({changed}). Use --overwrite, or "
+                "name another file."
             )
         self.note({key: value})
 

@@ -62,8 +62,8 @@ def _refusal(chain: list[BaseException], repo_id: str, revision: str | None) -> 
         )
     if status == 403:
         return (
-            f": the hub refuses this token (403). Accept the terms at {page}, and set HF_TOKEN to a token with "
-            f"read access to gated repositories ({TOKENS_PAGE})."
+            f": the hub refuses this token (403). Accept the terms at {page}, and set HF_TOKEN to a "
+            f"token with read access to gated repositories ({TOKENS_PAGE})."
         )
     if has(errors.RevisionNotFoundError) or "not a valid git identifier" in text:
         return f" has no revision {revision!r}; see {page}/commits/main."

@@ -216,8 +216,8 @@ def connect(address: str | None, workers: int | None) -> Any:
         if "InvalidAuthToken" in f"{error}{error.__cause__}":
             reason = "it asks for its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on its head"
         raise UsageError(
-            f"no Ray cluster answers at {address or 'this machine'} ({reason}). Start one with `ray start --head`, "
-            "or leave --address out to use this machine."
+            f"no Ray cluster answers at {address or 'this machine'} ({reason}). Start one with `ray "
+            "start --head`, or leave --address out to use this machine."
         ) from error
     return ray
 

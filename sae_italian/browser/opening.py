@@ -233,9 +233,8 @@ def match_latents(source: LatentSource, other: LatentSource) -> dict[str, list[A
             )
         units.append(one.decoder.units)
     if units[0].shape[1] != units[1].shape[1]:
-        raise UsageError(
-            f"the SAEs write {units[0].shape[1]} and {units[1].shape[1]} numbers: only SAEs of one model can be compared."
-        )
+        one, two = (each.shape[1] for each in units)
+        raise UsageError(f"the SAEs write {one} and {two} numbers: only SAEs of one model can be compared.")
     found: dict[str, list[Any]] = {}
     for index, cosine, pair in (("latent", "cosine", units), ("back", "back_cosine", units[::-1])):
         nearest = nearest_directions(*pair)

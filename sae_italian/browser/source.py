@@ -71,9 +71,8 @@ class LatentSource:
         self._samples: dict[int, str] = {}
         there = Path(cache.manifest.sae)
         with suppress(SaeItalianError, OSError):  # one that cannot be read may be the cache's
-            built = (cache.folder / MANIFEST).stat().st_mtime
-            younger = sae is None and any(file.stat().st_mtime > built for file in there.glob("*.safetensors"))
-            if younger and weights_hash(load_sae(there)) != cache.manifest.sae_hash:
+            younger = (there / "cfg.json").stat().st_mtime > (cache.folder / MANIFEST).stat().st_mtime
+            if sae is None and younger and weights_hash(load_sae(there)) != cache.manifest.sae_hash:
                 there = cache.folder  # another was trained there since: its card is not shown
         self.seeds = read_seeds(there) or {}
         self._read_results(cache.folder / RESULTS, there)

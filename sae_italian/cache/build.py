@@ -90,10 +90,9 @@ def build_caches(
         raise UsageError(f"{len(saes)} SAEs need as many different folders; {len(set(folders))} were given.")
     for sae in saes:
         check_fits(sae, model)
-    cached = None
-    if holds_activations(corpus):
-        hooks, d_in = [sae.cfg.metadata.hook_name for sae in saes], model.config.hidden_size
-        cached = CachedActivations(corpus, hooks, d_in, context_size)
+    hooks, d_in = [sae.cfg.metadata.hook_name for sae in saes], model.config.hidden_size
+    cached = CachedActivations(corpus, hooks, d_in, context_size) if holds_activations(corpus) else None
+    if cached:
         context_size, split = cached.context_size, "all"
     contexts = {int(context_size or sae.cfg.metadata.context_size or 128) for sae in saes}
     if len(contexts) > 1:

@@ -203,8 +203,8 @@ def _documents(cache: FeatureCache) -> Iterator[Any]:
 
 
 LOST = (
-    "documents: Delphi keeps none, so every stretch of text between special tokens of a window stands as a document, "
-    "and no split by document is a true one",
+    "documents: Delphi keeps none, so every stretch of text between special tokens of a window stands as "
+    "a document, and no split by document is a true one",
     "activations at or below 1e-5",
     "the corpus's revision, and for values beyond fp16 their size",
 )
@@ -316,8 +316,8 @@ def find_splits(source: Path) -> list[DelphiSplit]:
     splits = sorted((DelphiSplit(file) for file in files), key=lambda split: split.first)
     if not splits:
         raise UsageError(
-            f"{source} holds no split of a Delphi cache (FIRST_LAST.safetensors). Give the folder of one hookpoint, "
-            "such as results/NAME/latents/layers.5."
+            f"{source} holds no split of a Delphi cache (FIRST_LAST.safetensors). Give the folder of one "
+            "hookpoint, such as results/NAME/latents/layers.5."
         )
     expected = 0
     for split in splits:

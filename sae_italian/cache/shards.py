@@ -69,8 +69,8 @@ def write_token_shards(
             bar.update(block.tokens.size)
     if not manifest.shards:
         raise UsageError(
-            f"the {manifest.split} split of {manifest.corpus} fills no window of {manifest.context_size} tokens. "
-            "Use more text, or a smaller --context-size."
+            f"the {manifest.split} split of {manifest.corpus} fills no window of {manifest.context_size} "
+            "tokens. Use more text, or a smaller --context-size."
         )
     manifest.tokens_complete = True
     manifest.save(out)

@@ -39,7 +39,6 @@ from sae_italian.corpora.stream import check_corpus
 from sae_italian.saes import model_of
 from sae_italian.saes.baselines import KINDS, TOPK, check_kinds, fit_baselines, random_twin
 
-TWIN = "twin"  # among the kinds of baselines, the random twin
 WORDS = {"tasks": "", "seeds": 5, "baselines": "", "wandb": ""}
 Task = Annotated[Literal[1, 2], Parameter(help="The task: 1 explanations, 2 sequences.")]
 
@@ -74,8 +73,7 @@ def benchmark(
         boards = leaderboard(out)
         text = "\n\n".join(board.markdown() for board in boards)
         return Result([plain(board) for board in boards], f"{text}\n\nleaderboard: {out / 'leaderboard.html'}")
-    kinds = [kind for kind in settings["baselines"].split(",") if kind]
-    check_kinds(kinds, (*KINDS, TWIN))
+    check_kinds(kinds := [kind for kind in settings["baselines"].split(",") if kind], (*KINDS, "twin"))
     given, genres, offline = short_names(names), named("--texts", texts), sets == "offline"
     for corpus in genres.values():  # also of tasks that are not asked
         check_corpus(corpus)
@@ -97,10 +95,10 @@ def benchmark(
 
 def _fitted(kinds: list[str], sae: Any, sample: Any) -> dict[str, Any]:
     """Return baselines of these kinds, each with top-k at the SAE's own L0; `twin` is the random twin as a row."""
-    own = [kind for kind in kinds if kind != TWIN]
+    own = [kind for kind in kinds if kind != "twin"]
     found = fit_baselines(sample, sae, own) if own else {}
     kept = {name: each for name, each in found.items() if name.endswith(TOPK)}
-    return kept | ({"random twin": random_twin(sae, 0, lambda: sample)} if TWIN in kinds else {})
+    return kept | ({"random twin": random_twin(sae, 0, lambda: sample)} if "twin" in kinds else {})
 
 
 def choose_k(

@@ -173,9 +173,7 @@ def mixture(corpus: str) -> tuple[list[str], list[float] | None]:
         return names, None
     for name, weight in zip(names, weights, strict=True):
         if weight is None or not 0 < weight < float("inf"):
-            raise UsageError(
-                f"mixture {corpus!r}: {name!r} needs a weight above 0, as in 0.7*wikipedia-it,0.3*notizie.jsonl."
-            )
+            raise UsageError(f"mixture {corpus!r}: {name!r} needs a weight above 0, as in 0.7*one.jsonl,0.3*two.txt.")
     return names, weights
 
 

@@ -204,9 +204,7 @@ def _read(
         if n >= n_tokens:
             break
     if n < _LEAST * d_in:
-        raise UsageError(
-            f"{n:,} tokens are too few to fit baselines of {d_in} dimensions; give {_LEAST * d_in:,} or more."
-        )
+        raise UsageError(f"{n:,} tokens are too few to fit baselines of {d_in} dimensions; give {_LEAST * d_in:,}.")
     mean = total / n
     return torch.cat(sample), mean.float(), products / n - mean.outer(mean)
 

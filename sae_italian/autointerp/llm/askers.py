@@ -15,13 +15,7 @@ from jaxtyping import Float
 from sae_italian.autointerp.draws import in_turn
 from sae_italian.autointerp.examples import Example, LatentExamples, Verdicts
 from sae_italian.autointerp.llm import LLMSettings
-from sae_italian.autointerp.llm.answers import (
-    PROBLEMS,
-    Prompts,
-    Unusable,
-    read_explanation,
-    read_numbers,
-)
+from sae_italian.autointerp.llm.answers import PROBLEMS, Prompts, Unusable, read_explanation, read_numbers
 from sae_italian.autointerp.llm.calls import TOO_LONG, DryClient, Messages, Reply, Request
 from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER, random_sae_control, run_autointerp
 from sae_italian.autointerp.store import NO_ANSWER, UNANSWERED, Explanation, Store
@@ -149,8 +143,8 @@ class LLMExplainer(Asker):
                     return answer, n
             if n <= LEAST_EXAMPLES:
                 raise UsageError(
-                    f"even {n} examples do not fit into the context of {self.client.model} ({why}). Use a model with a "
-                    "longer one, or give its true context with context_tokens=N."
+                    f"even {n} examples do not fit into the context of {self.client.model} ({why}). Use "
+                    "a model with a longer one, or give its true context with context_tokens=N."
                 )
             n = max(LEAST_EXAMPLES, fewer)
 

@@ -125,8 +125,8 @@ class Client:
         self.price = calls.price_of(settings)
         if settings.max_usd is not None and self.price is None:
             raise UsageError(
-                f"there is no price for {self.model!r}, so --max-usd cannot be kept. Give prices=FILE with its price "
-                "(0 for a server of your own), or leave --max-usd out."
+                f"there is no price for {self.model!r}, so --max-usd cannot be kept. Give prices=FILE "
+                "with its price (0 for a server of your own), or leave --max-usd out."
             )
         self.counter, self.budget = calls.token_counter(settings), Budget(settings.max_usd)
         self.missing: dict[str, str] = {}

@@ -336,8 +336,8 @@ class Encoder:
 
         if not (Path(folder) / "config.json").is_file():
             raise UsageError(
-                f"{folder} holds no sentence encoder (no config.json). Give the folder of a multilingual one, "
-                "such as a downloaded paraphrase-multilingual-mpnet-base-v2."
+                f"{folder} holds no sentence encoder (no config.json). Give the folder of a multilingual "
+                "one, such as a downloaded paraphrase-multilingual-mpnet-base-v2."
             )
         self.read: Any = pipeline("feature-extraction", model=str(folder), return_tensors=True)
 

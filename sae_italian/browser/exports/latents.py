@@ -324,5 +324,4 @@ def _field(name: str, told: str) -> Field:
 
 def make_row(name: str, facts: dict[str, Any]) -> dict[str, Any]:
     """Return a row of a table, its fields in order, each filled from the facts or with its constant."""
-    columns = tables()[name]["fields"].items()
-    return {key: one.constant if one.fact is None else facts[one.fact] for key, one in columns}
+    return {k: one.constant if one.fact is None else facts[one.fact] for k, one in tables()[name]["fields"].items()}
