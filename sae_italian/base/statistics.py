@@ -174,8 +174,7 @@ def auroc_by_document(
     score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"], document: Int[np.ndarray, " n"]
 ) -> Estimate:
     """Return the probability that a true example outranks a false one, ties counting half; its interval over documents."""
-    both = truth.any() and not truth.all()
-    return auroc_of_parts(*auc_parts(score, truth), truth, document) if both else NOTHING
+    return auroc_of_parts(*auc_parts(score, truth), truth, document) if truth.any() and not truth.all() else NOTHING
 
 
 def auroc_of_parts(

@@ -91,8 +91,10 @@ def _give_rights(path: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
-        gc.collect()  # NFS keeps a file that is still mapped under another name, and so its folder
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():  # NFS keeps a file that is still mapped under another name, and so its folder
+            gc.collect()
+            shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 

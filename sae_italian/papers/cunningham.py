@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sae_italian.analysis import ioi_pairs, ioi_score, patch_saes, thresholds, words_for
+from sae_italian.analysis import check_able, ioi_pairs, ioi_score, patch_saes, thresholds, words_for
 from sae_italian.autointerp.run import STORE_FILE
-from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import time_bound
 from sae_italian.base.report import plain
 from sae_italian.base.statistics import correlation
@@ -29,7 +28,7 @@ from sae_italian.saes.baselines import TOPK
 from sae_italian.training import read_values
 
 MOST_LAYERS = 3
-CHANCE, LEAST_CHECKED = 0.5, 30  # of how many sentences the skill is asked, however few are patched
+LEAST_CHECKED = 30  # of how many sentences the skill is asked, however few are patched
 CLOSED = ("pca", "ica")  # baselines whose gap to the SAE top-k may close
 _RATIO_SCORES = ("simulation", "simulation_random", "n_explained", "n_latents")
 
@@ -157,13 +156,8 @@ def _ioi(job: Reproduction, results: Results) -> dict[str, Any]:
     tokenizer = subject.model.tokenizer
     n = max(LEAST_CHECKED, budget["ioi_pairs"])
     pairs = ioi_pairs(n, tokenizer, words_for(subject.name), n_name_tokens=None, seed=0)
-    skill = ioi_score(subject.model, tokenizer, pairs)
+    skill = check_able(ioi_score(subject.model, tokenizer, pairs), "indirect object", subject.name)
     accuracy = f"{100 * skill.accuracy.value:.0f} %"
-    if skill.accuracy.value <= CHANCE:
-        raise UsageError(
-            f"{subject.name} cannot name the indirect object: it is right in {accuracy} of {skill.n} sentences, chance is "
-            f"{100 * CHANCE:.0f} %. Patching would say nothing."
-        )
     folder = job.out / "baselines" / f"L{entry['layer']}" / "dictionaries"
     dictionaries = {"SAE": load_sae(entry["folder"])}
     for factor in sorted(factor for factor in budget["l1"] if factor < 1):
