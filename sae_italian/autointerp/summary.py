@@ -88,9 +88,16 @@ class AutointerpSummary:
         return plain(self)
 
 
+def _opened(path: str | Path) -> Store:
+    """Return a store that is there; an older one gets the tables it lacks."""
+    if not Path(path).is_file():
+        raise UsageError(f"{path} does not exist: run `sae-italian autointerp` on the cache first.")
+    return Store(Path(path), {})
+
+
 def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> AutointerpSummary:
     """Return a store's summary for one explainer and judge (default: rules, rule judge). Raises: UsageError without one."""
-    with Store(Path(path), {}, read_only=True) as store:
+    with _opened(path) as store:
         statuses = [explanation.status for explanation in store.explanations(explainer).values()]
         enough = len(statuses) >= ENOUGH or stored_config(store).latents is None
         own, lookup = _Scores(store, explainer, judge), _Scores(store, LOOKUP, RULE)
@@ -283,10 +290,8 @@ def export(path: Path, out: Path, to: str, *, project: str | None = None) -> lis
     import pyarrow
     import pyarrow.parquet
 
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist: run `sae-italian autointerp` on the cache first.")
     files, tables = [out / f"{name}.{'jsonl' if to == 'jsonl' else 'parquet'}" for name in TABLES], {}
-    with Store(path, {}) as store:
+    with _opened(path) as store:
         for name, file in zip(TABLES, files, strict=True):
             cursor = store.connection.execute(f"SELECT * FROM {name}")
             names, rows = [column for column, *_ in cursor.description], cursor.fetchall()
