@@ -29,6 +29,7 @@ from sae_italian.corpora.stream import mixture
 from sae_italian.evaluation.card import read_card, read_seeds
 from sae_italian.models import parse_hook_name, resolved_here
 from sae_italian.saes import load_sae, weights_hash
+from sae_italian.saes.foreign import SAELENS_WEIGHTS
 
 RESULTS = "results.json"
 SHOWN_METRICS = ("balanced_accuracy", "tpr", "tnr", "f1", "auroc")
@@ -71,7 +72,7 @@ class LatentSource:
         self._samples: dict[int, str] = {}
         there = Path(cache.manifest.sae)
         with suppress(SaeItalianError, OSError):  # one that cannot be read may be the cache's
-            younger = (there / "cfg.json").stat().st_mtime > (cache.folder / MANIFEST).stat().st_mtime
+            younger = (there / SAELENS_WEIGHTS).stat().st_mtime > (cache.folder / MANIFEST).stat().st_mtime
             if sae is None and younger and weights_hash(load_sae(there)) != cache.manifest.sae_hash:
                 there = cache.folder  # another was trained there since: its card is not shown
         self.seeds = read_seeds(there) or {}
