@@ -46,7 +46,7 @@ def random_directions(n: int, d: int, seed: int, *, like: Float[Tensor, "m d"] |
 
     With `like` they have its mean and covariance: what the common subspace of these directions alone gives.
     """
-    drawn = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randn(n, d, generator=torch.Generator().manual_seed(int(seed)))
     if like is not None:
         values, vectors = torch.linalg.eigh(torch.cov(like.cpu().double().T).reshape(d, d))
         drawn = drawn @ (vectors * values.clamp_min(0).sqrt()).float().T + like.mean(dim=0).cpu()

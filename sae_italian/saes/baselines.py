@@ -131,7 +131,7 @@ def random_twin(sae: Any, seed: int = 0, activations: Callable[[], Rows] | None 
     Raises: UsageError where they are needed and not given.
     """
     twin = copy.deepcopy(sae)
-    (d_sae, d_out), d_in, generator = twin.W_dec.shape, sae.cfg.d_in, torch.Generator().manual_seed(seed)
+    (d_sae, d_out), d_in, generator = twin.W_dec.shape, sae.cfg.d_in, torch.Generator().manual_seed(int(seed))
     with torch.no_grad():
         tied = _directions(d_sae, d_in, generator)
         twin.W_enc.copy_(tied.T)
@@ -189,7 +189,7 @@ def _read(
 ) -> tuple[Rows, Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
     """Return the first tokens as they are, and mean and covariance of all that were read."""
     if isinstance(activations, Tensor):
-        order = torch.randperm(len(activations), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(activations), generator=torch.Generator().manual_seed(int(seed)))
         activations = activations[order.to(activations.device)].split(8192)
     sample: list[Tensor] = []
     total, products, n = torch.zeros(d_in).double(), torch.zeros(d_in, d_in).double(), 0
@@ -204,7 +204,7 @@ def _read(
         if n >= n_tokens:
             break
     if n < _LEAST * d_in:
-        raise UsageError(f"{n:,} tokens are too few to fit baselines of {d_in} dimensions; give {_LEAST * d_in:,}.")
+        raise UsageError(f"{n:,} tokens are too few for baselines of {d_in} dimensions; {_LEAST * d_in:,} are needed.")
     mean = total / n
     return torch.cat(sample), mean.float(), products / n - mean.outer(mean)
 
@@ -217,7 +217,7 @@ def _fitted(kind: str, sample: Rows, mean: Tensor, spread: Tensor, sae: Any, see
     2023 do this for PCA and ICA under top-k (`to_topk_dict` in their code: the components and their negatives).
     """
     if kind in ("random", "identity"):
-        d_in, generator = sae.cfg.d_in, torch.Generator().manual_seed(seed)
+        d_in, generator = sae.cfg.d_in, torch.Generator().manual_seed(int(seed))
         rows = torch.eye(d_in) if kind == "identity" else _directions(sae.cfg.d_sae, d_in, generator)
         return rows.T, rows, torch.zeros(d_in), True
     if kind == "pca":

@@ -322,5 +322,5 @@ FORMATS = (
     LLAMA_SCOPE,
     Format(("config.json", SAELENS_WEIGHTS), _OPENMOSS),
     Format(("config.json", "ae.pt"), _DICTIONARY),
-    Format(("params.npz",), _GEMMA_SCOPE, hint="Keep Gemma Scope's names: gemma-scope-2b-pt-res/layer_12/..."),
+    Format(("params.npz",), _GEMMA_SCOPE, hint="Keep its names: gemma-scope-2b-pt-res/layer_12/width_16k/..."),
 )

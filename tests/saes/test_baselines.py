@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from sae_lens import SAE, StandardSAE, TopKSAE
@@ -137,7 +138,7 @@ def test_they_are_saved_and_read_as_plain_saelens_with_the_saes_place(sae, gauss
 
 
 def test_the_same_seed_gives_the_same(sae, gaussian):
-    first, second = (fit_baselines(gaussian, sae, ["ica", "random"], seed=7) for _ in range(2))
+    first, second = (fit_baselines(gaussian, sae, ["ica", "random"], seed=seed) for seed in (7, np.int64(7)))
     other = fit_baselines(gaussian, sae, ["ica", "random"], seed=8)
     for name in first:
         assert torch.equal(first[name].W_dec, second[name].W_dec), name

@@ -151,7 +151,7 @@ def test_gemma_scope(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     for metadata in (sae.cfg.metadata, load_sae(".").cfg.metadata):
         assert metadata.hook_name == "blocks.12.hook_resid_post" and metadata.model_name == "gemma-2-2b"
-    with pytest.raises(UsageError, match="not found.*Keep Gemma Scope's names"):
+    with pytest.raises(UsageError, match="not found.*Keep its names: .*-res/layer_12/width_16k/"):
         load_sae(bare)
 
 

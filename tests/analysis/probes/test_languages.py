@@ -70,7 +70,7 @@ def test_a_corpus_that_is_not_there_is_told_before_the_others_are_read(topk_sae,
     monkeypatch.setattr("sae_italian.analysis.labels._count", lambda *_: pytest.fail("a corpus was read to its end"))
     with pytest.raises(UsageError, match="corpus '400' is neither"):
         language_latents(topk_sae, mini, {"it": str(jsonl), "parallel": "400"})
-    with pytest.raises(UsageError, match="'parallel=400' after --languages is no text or model"):
+    with pytest.raises(UsageError, match="'parallel=400' is no text or model; .* before --languages"):
         named("--languages NAME=CORPUS", [f"it={jsonl}", "parallel=400"])
 
 
