@@ -50,11 +50,8 @@ class Decoder:
         logits = self.logits(latent)
         if len(logits) == 0:
             return {"edges": [], "counts": []}
-        lo, hi = logits.min(), logits.max()
-        width = (hi - lo).clamp_min(1e-12)
-        index = ((logits - lo) * (BINS / width)).to(torch.int32).clamp_(0, BINS - 1)
-        edges = lo + width * torch.arange(BINS + 1) / BINS
-        return {"edges": edges.tolist(), "counts": torch.bincount(index, minlength=BINS).tolist()}
+        edges = torch.linspace(logits.min(), logits.max(), BINS + 1)
+        return {"edges": edges.tolist(), "counts": torch.histc(logits, BINS).int().tolist()}
 
     @cached_property
     def plane(self) -> Float[np.ndarray, "d_sae 2"]:

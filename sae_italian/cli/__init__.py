@@ -365,7 +365,8 @@ def key_values(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]
 def own_words(words: Sequence[str], defaults: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the settings that stand among other words, as `key_values` reads them, and these others."""
     own = [word for word in words if "=" in word and word.partition("=")[0] in defaults]
-    return key_values(own, defaults), [word for word in words if word not in own]
+    # without one pydantic is not imported: it is a third of a start
+    return key_values(own, defaults) if own else defaults, [word for word in words if word not in own]
 
 
 def short_names(given: Sequence[str]) -> dict[str, str]:
@@ -385,9 +386,7 @@ def named(what: str, pairs: Sequence[str] | None, least: int = 0) -> dict[str, s
         if not (name and equals and value) or name in found:
             raise UsageError(f"{pair!r}: NAME=VALUE was expected, each name once.")
         if value.removeprefix("-").isdecimal():
-            raise UsageError(
-                f"{pair!r} after {what.partition(' NAME')[0]} is no text or model; a setting is given before it."
-            )
+            raise UsageError(f"{pair!r} is no text or model; settings are given before {what.partition(' NAME')[0]}.")
         found[name] = value
     if len(found) < least:
         raise UsageError(f"{what} is needed, {least} or more; {len(found)} given. For example it=testi en=texts.")
