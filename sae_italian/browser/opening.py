@@ -30,7 +30,7 @@ from sae_italian.browser.live import CALLS, Live, Refused, checked_text
 from sae_italian.browser.source import LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.models import load_tokenizer
-from sae_italian.saes import check_fits, load_sae, model_of
+from sae_italian.saes import check_fits, model_of
 
 MEANING, N_NEAR = "meaning.npz", 20
 
@@ -195,15 +195,10 @@ def loaded(cache: FeatureCache, name: str | None = None, model: str | None = Non
 def loaded_sae(cache: FeatureCache, name: str | None = None) -> Any:
     """Return the SAE of a cache, None where it is not at hand. One that is named has to be.
 
-    A cache that was moved together with its SAE (as a quickstart's folder is) still finds it: in `sae/` beside it.
     Raises: UsageError when the SAE that is named is not the one the cache was built with.
     """
-    for place in [name] if name else (cache.manifest.sae, str(cache.folder.resolve().parent / "sae")):
-        with _unless_named(name):
-            sae = load_sae(place)
-            FeatureCache.open(cache.folder, sae=sae)
-            return sae
-    return None
+    with _unless_named(name):
+        return cache.load_sae(name)
 
 
 def _unless_named(name: str | None) -> suppress:

@@ -97,8 +97,8 @@ def read_suite(folder: Path, caches: Sequence[Path] = ()) -> list[Row]:
     """Return one row per SAE of a suite's folder that has a card: name, layer, site, width, numbers with intervals.
 
     Scores are those of the cache that was built with the SAE: among `caches`, and in the SAE's own folder. Rows are
-    ordered by layer, site and width. Raises: UsageError when no SAE has a card, DataError naming a card cut short, and for
-    what is no cache of today's schema.
+    ordered by layer, site and width. Raises: UsageError when no SAE has a card or none of `caches` is of one of them,
+    DataError naming a card cut short, and for what is no cache of today's schema.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; the folder of a suite was expected.")
@@ -106,6 +106,11 @@ def read_suite(folder: Path, caches: Sequence[Path] = ()) -> list[Row]:
     rows = [_row(card.parent, built.get(card.parent.resolve())) for card in folder.glob(f"*/{CARD}")]
     if not rows:
         raise UsageError(f"{folder} holds no SAE with a {CARD}. Evaluate its SAEs: sae-italian evaluate {folder}/NAME")
+    if caches and not {row["cache"] for row in rows} & {*map(str, caches)}:
+        raise UsageError(
+            f"{caches[0]} was built with an SAE that is not in {folder}. If that was moved: "
+            f"sae-italian cache build {folder}/NAME --out {caches[0]} --resume"
+        )
     return sorted(rows, key=lambda row: (row["layer"], row["site"], row["d_sae"], row["name"]))
 
 

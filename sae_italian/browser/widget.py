@@ -116,8 +116,10 @@ def widget_class() -> Any:
 
 def card_text(row: Record, card: Record, *, contexts: int = 4) -> str:
     """Return explanation, scores and some passages, from the strongest to the weakest; **strong** tokens are marked."""
-    lines = [f"latent {row['latent']}: {row['explanation_it'] or row['status'] or 'dead'}"]
-    lines.append(f"density {100 * row['density']:.2f} %, max {row['max']:.2f}, {row['n_active']:,} active tokens")
+    lines = [
+        f"latent {row['latent']}: {row['explanation_it'] or row['status'] or 'dead'}",
+        f"density {100 * row['density']:.2f} %, max {row['max']:.2f}, {row['n_active']:,} active tokens",
+    ]
     for score in card["scores"]:
         if score["metric"] == "balanced_accuracy" and score["value"] is not None:
             interval = "" if score["lo"] is None else f" [{score['lo']:.2f}, {score['hi']:.2f}]"

@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import torch
 from jaxtyping import Int
 from scipy.sparse import csr_array, vstack
 
@@ -106,8 +108,6 @@ def _spelled(hook_name: str, form: Literal["name", "llama_path"]) -> str:
 
 def split_bounds(first: int, last: int, n_splits: int) -> list[tuple[int, int]]:
     """Return Delphi's division of latents first to last: `torch.linspace(...).long()`, ends inclusive."""
-    import torch
-
     width = last - first + 1
     if not 1 <= n_splits <= width:
         raise UsageError(f"splits={n_splits}: {width} latents can be divided into 1 to {width} splits.")
@@ -143,14 +143,10 @@ def export_rows(
     """
     opened, out = FeatureCache.open(cache), path_of(out)
     manifest = opened.manifest
-    first, last = manifest.latent_bounds(latents)
-    spec = {"manifest": manifest.identity(), "latents": [first, last]}
+    bounds = manifest.latent_bounds(latents)
+    spec = {"manifest": manifest.identity(), "latents": list(bounds)}
     with claimed(out, "datasets export", spec, resume=resume, overwrite=overwrite):
-        tables = {
-            "documents": _documents(opened),
-            "windows": _windows(opened),
-            "latents": _latents(opened, first, last),
-        }
+        tables = {"documents": _documents(opened), "windows": _windows(opened), "latents": _latents(opened, *bounds)}
         for name, batches in tables.items():
             if not (out / name).is_dir():
                 _write_dataset(out / name, batches)
@@ -160,7 +156,6 @@ def export_rows(
 
 def _write_dataset(folder: Path, batches: Iterator[Any]) -> None:
     """Write tables one after the other as one dataset on disk, with one of them in memory at a time."""
-    import pyarrow as pa
     from datasets import Dataset
 
     # a file, no folder: one that is still mapped would keep its folder on NFS
@@ -181,16 +176,12 @@ def _latents(cache: FeatureCache, first: int, last: int) -> Iterator[Any]:
 
 
 def _windows(cache: FeatureCache) -> Iterator[Any]:
-    import pyarrow as pa
-
     for shard in cache.manifest.shards:
         arrays = cache.shard_tokens(shard.index)
         yield pa.table({name: arrow(arrays[name].astype("u4").reshape(shard.n_windows, -1)) for name in PER_TOKEN})
 
 
 def _documents(cache: FeatureCache) -> Iterator[Any]:
-    import pyarrow as pa
-
     first = 0
     for shard in cache.manifest.shards:
         texts = [cache.document(first + own) for own in range(shard.n_documents)]

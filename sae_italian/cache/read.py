@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pyarrow.parquet
 from jaxtyping import Int
 from scipy.sparse import csr_array
 
-from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, SaeItalianError, UsageError
 from sae_italian.base.report import OURS, Picture, framed, svg
 from sae_italian.base.storage import path_of
 from sae_italian.cache import layout
@@ -28,7 +29,7 @@ from sae_italian.cache.layout import STATS, Csr, LatentRange, Manifest, full_val
 from sae_italian.cache.passages import LatentActivations
 from sae_italian.corpora.packing import NO_DOCUMENT
 from sae_italian.corpora.stream import TextDocument
-from sae_italian.saes import hooks_of, weights_hash
+from sae_italian.saes import hooks_of, load_sae, weights_hash
 
 MAPPED_FILES = 768  # held open at a time, of those that a process may have open no more than a quarter
 Part = Literal["train", "val", "test"]
@@ -121,6 +122,21 @@ class FeatureCache:
         layout.verify(folder, manifest, contents=check)
         cache.shard_tokens(0)  # whose shape must be what every position is reckoned with
         return cache
+
+    def load_sae(self, name: str | None = None) -> Any:
+        """Return the SAE it was built with: of that name, else where it was, or in `sae/` beside it, if both were moved.
+
+        Raises: UsageError when there is none, or another.
+        """
+        failures = []
+        for place in [name] if name else [self.manifest.sae, str(self.folder.resolve().parent / "sae")]:
+            try:
+                FeatureCache.open(self.folder, sae=(sae := load_sae(place)))
+                return sae
+            except (SaeItalianError, OSError) as error:
+                failures.append(str(error))
+        how = f" If it was moved: sae-italian cache build SAE --out {self.folder} --resume"
+        raise UsageError(f"{failures[0]}{'' if name else how}")
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise UsageError for another tokenizer than that of the model the cache was built with."""
@@ -254,8 +270,6 @@ class FeatureCache:
     @cached_property
     def table(self) -> Any:
         """The statistics as a pyarrow table, row i for latent i (see cache/stats.py for the columns)."""
-        import pyarrow.parquet
-
         layout.check_file(self.folder / STATS, self.manifest.stats_sha256)
         return pyarrow.parquet.read_table(self.folder / STATS).combine_chunks()
 

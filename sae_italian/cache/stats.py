@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import torch
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
@@ -43,18 +45,14 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
     decoder_cosines (the 10 nearest decoder directions), promoted_ids, promoted_values, suppressed_ids,
     suppressed_values (logit lens, in logits). Without `sae` and `model`, what is read off the decoder is empty lists.
     """
-    import pyarrow as pa
-    import pyarrow.parquet
-
     cache = FeatureCache(folder, manifest)
     counts = np.concatenate([np.diff(cache.map_file(item.file)["indptr"]) for item in manifest.ranges]).astype(np.int64)
     # no special tokens, where one is typed in a document neither: no latent is read there
     special = getattr(getattr(model, "tokenizer", None), "all_special_ids", [])
     n_of_token = np.bincount(cache.tokens[(cache.doc != NO_DOCUMENT) & ~np.isin(cache.tokens, special)])
     parts = []
-    for first, acts in progress(
-        "statistics", cache.entries(0, manifest.d_sae - 1), total=len(manifest.ranges), unit="range"
-    ):
+    ranges = cache.entries(0, manifest.d_sae - 1)
+    for first, acts in progress("statistics", ranges, total=len(manifest.ranges), unit="range"):
         columns = {"latent": np.arange(first, first + acts.shape[0]), **_range_columns(cache, acts, n_of_token)}
         parts.append(pa.table(columns | cofiring_neighbours(cache, first, acts, counts)))
     table = pa.concat_tables(parts).combine_chunks()
@@ -67,8 +65,6 @@ def write_statistics(folder: Path, manifest: Manifest, sae: Any, model: Any) -> 
 
 def arrow(array: np.ndarray, offsets: np.ndarray | None = None) -> Any:
     """Return an Arrow column of lists: the rows of a matrix, or a flat array cut at `offsets`."""
-    import pyarrow as pa
-
     edges = np.arange(len(array) + 1) * array.shape[1] if offsets is None else offsets
     return pa.ListArray.from_arrays(pa.array(edges.astype(np.int32)), pa.array(array.ravel()))
 
@@ -238,8 +234,6 @@ def decoder_columns(sae: Any, model: Any, d_sae: int) -> dict[str, Any]:
 
     Values of the logit lens compare within a latent, not with real logits. All lists are empty where SAE or model is None.
     """
-    import pyarrow as pa
-
     if sae is None or model is None:
         kinds = {"ids": pa.int64(), "values": pa.float32(), "cosines": pa.float32()}
         names = "decoder_ids decoder_cosines promoted_ids promoted_values suppressed_ids suppressed_values"

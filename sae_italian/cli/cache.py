@@ -222,7 +222,7 @@ def _explained(
     config = AutointerpConfig(**numbers)
     sae = None  # without the random control it only names decoder neighbours
     with nullcontext() if control else suppress(SaeItalianError):
-        sae = sae_italian.load_sae(cache.manifest.sae)
+        sae = cache.load_sae()
     given = name or str(cache.manifest.model)
     model = sae_italian.load_model(given) if sae is None else model_of(sae, given)
     if settings.wants_llm and settings.estimate:  # which changes nothing
@@ -264,7 +264,7 @@ def _scored(
         judges += [EncoderJudge(encode, language, judge + read) for judge, encode in encoders.items()]
     twin, twins = cache.folder / TWIN_FOLDER, list(judges)  # the subject model has the SAE's directions
     if subject:
-        model = model_of(sae_italian.load_sae(cache.manifest.sae), given)
+        model = model_of(cache.load_sae(), given)
         judges.append(replace(subject_judge(cache, model), language=language, name=f"subject{read}"))
     score_with_models(cache, tokenizer, store, judges, latents=n_scored, explainer=explainer)
     if twins and (twin / STORE_FILE).is_file():

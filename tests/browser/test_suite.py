@@ -118,6 +118,14 @@ def test_a_suite_without_caches_has_no_latents_for_a_sentence(suite: Path, capsy
     assert main(["browse", str(suite), "sentence=Ciao"]) == 2 and "has a cache" in capsys.readouterr().err
 
 
+def test_caches_of_a_suite_that_was_moved_are_told_of_it(suite: Path) -> None:
+    moved = suite.rename(suite.with_name("moved"))
+    with pytest.raises(
+        UsageError, match=r"caches/a was built with an SAE .*cache build .*moved/NAME --out .*caches/a --resume"
+    ):
+        read_suite(moved, [moved.parent / "caches" / "a"])
+
+
 def test_a_folder_without_cards_and_a_broken_card_are_named(suite: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a folder"):
         read_suite(tmp_path / "nowhere")

@@ -101,6 +101,28 @@ def test_a_resumed_build_learns_where_its_sae_is_now(mini, tmp_path):
         assert Path(FeatureCache.open(out).manifest.sae).name == remembered and digests(out) == before
 
 
+def test_a_cache_finds_its_sae_where_it_was_or_beside_it_and_no_other(mini, tmp_path):
+    """A quickstart's folder is moved whole; of a cache that went alone, and of another SAE there, the way out is told."""
+    how: Any = {**OPTIONS, "n_tokens": 2000, "sae_name": str(tmp_path / "old" / "sae")}
+    old, new = (
+        build_cache(topk(1), mini, "micro-italiano", tmp_path / name / "cache", **how) for name in ("old", "new")
+    )
+    topk(1).save_model(tmp_path / "old" / "sae")
+    assert torch.equal(FeatureCache.open(old).load_sae().W_dec, topk(1).W_dec)
+    (tmp_path / "old").rename(tmp_path / "moved")
+    moved = FeatureCache.open(tmp_path / "moved" / "cache")
+    assert torch.equal(moved.load_sae().W_dec, topk(1).W_dec)
+    with pytest.raises(UsageError, match=r"old/sae.* If it was moved: sae-italian cache build SAE --out .*new/cache"):
+        FeatureCache.open(new).load_sae()
+    assert main(["autointerp", str(new)]) == 2 and main(["autointerp", str(new), "--subject"]) == 2
+    topk(2).save_model(tmp_path / "old" / "sae")  # trained there since
+    with pytest.raises(UsageError, match="another SAE"):
+        FeatureCache.open(new).load_sae()
+    assert torch.equal(moved.load_sae().W_dec, topk(1).W_dec)
+    with pytest.raises(UsageError, match=r"weights hash differs\.$"):
+        moved.load_sae(str(tmp_path / "old" / "sae"))
+
+
 def test_a_folder_that_cannot_be_written(mini, tmp_path):
     with pytest.raises(UsageError, match="cannot be written"):
         build_cache(topk(1), mini, "micro-italiano", "/proc/cache", **OPTIONS)

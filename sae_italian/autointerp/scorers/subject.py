@@ -40,7 +40,6 @@ from sae_italian.base.labels import Language
 from sae_italian.base.statistics import NOTHING, Estimate, bootstrap, shares_by_document
 from sae_italian.cache import FeatureCache
 from sae_italian.models.activations import continuation_log_probs, logits_of, logits_with_replacement
-from sae_italian.saes import load_sae
 
 EMPTY = {"it": "Varie frasi senza legame fra loro.", "en": "Various unrelated sentences."}
 ASKS = {"it": "\nIn breve, si parla di:", "en": "\nIn short, this is about:"}
@@ -109,7 +108,7 @@ def subject_judge(cache: FeatureCache, model: Any) -> SubjectJudge:
     return SubjectJudge(
         forward,
         tokenizer,
-        load_sae(cache.manifest.sae).W_dec,
+        cache.load_sae().W_dec,
         lambda latent: promoted_tokens(cache, strings, latent),
         context=getattr(model.config, "max_position_embeddings", None) or CONTEXT,
     )
