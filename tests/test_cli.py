@@ -154,7 +154,7 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["browse", "nowhere", "--to-space", "io/my saes"], "'io/my saes' is not of the form owner/name"),
         (
             ["shift", "nowhere", "--by", "genre", "--out", "x", "--buckets", "a=b", "context_size=-1"],
-            "is given before it",
+            "is no text or model; settings are given before --by genre",
         ),
         (["export", "nowhere", "--to", "delphi", "--out", "x", "--latents", "²"], "two numbers were expected"),
         (["corpora", "stats", "micro-italiano", "--documents", "-5"], "--documents is -5; it must be >= 0"),

@@ -109,7 +109,7 @@ def read_suite(folder: Path, caches: Sequence[Path] = ()) -> list[Row]:
     if caches and not {row["cache"] for row in rows} & {*map(str, caches)}:
         raise UsageError(
             f"{caches[0]} was built with an SAE that is not in {folder}. If that was moved: "
-            f"sae-italian cache build {folder}/NAME --out {caches[0]} --resume"
+            f"sae-italian cache build {folder}/NAME --out {caches[0]} --resume, with the options of then."
         )
     return sorted(rows, key=lambda row: (row["layer"], row["site"], row["d_sae"], row["name"]))
 

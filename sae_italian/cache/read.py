@@ -135,7 +135,7 @@ class FeatureCache:
                 return sae
             except (SaeItalianError, OSError) as error:
                 failures.append(str(error))
-        how = f" If it was moved: sae-italian cache build SAE --out {self.folder} --resume"
+        how = f" If it was moved: sae-italian cache build SAE --out {self.folder} --resume, with the options of then."
         raise UsageError(f"{failures[0]}{'' if name else how}")
 
     def check_tokenizer(self, tokenizer: Any) -> None:

@@ -366,7 +366,7 @@ def own_words(words: Sequence[str], defaults: dict[str, Any]) -> tuple[dict[str,
     """Return the settings that stand among other words, as `key_values` reads them, and these others."""
     own = [word for word in words if "=" in word and word.partition("=")[0] in defaults]
     # without one pydantic is not imported: it is a third of a start
-    return key_values(own, defaults) if own else defaults, [word for word in words if word not in own]
+    return key_values(own, defaults) if own else {**defaults}, [word for word in words if word not in own]
 
 
 def short_names(given: Sequence[str]) -> dict[str, str]:
