@@ -15,8 +15,8 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 34_207,  # 21_500
-    "statements": 22_009,  # 13_500
+    "lines": 34_204,  # 21_500
+    "statements": 22_006,  # 13_500
     "files": 146,  # 150
     "files under 60 lines": 15,
     "function median": 10,
@@ -43,7 +43,7 @@ ROOM_LINES = {
     "benchmark": 2_139,  # 1_200  # choosing k, seeds and absorption with it
     "papers": 1_378,  # 1_400
     "browser": 3_085,  # 2_650
-    "cli": 2_610,  # 1_400  # quickstart with it
+    "cli": 2_607,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}
 

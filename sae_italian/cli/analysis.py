@@ -144,11 +144,8 @@ def _sae_of(given: str, of_cache: str | None) -> tuple[Any, Any]:
         if of_cache:
             raise UsageError(f"--sae {of_cache} is the SAE of a cache, but {given} is no cache. Leave it out.")
         return sae_italian.load_sae(given), None
-    name = of_cache or sae_italian.FeatureCache.open(given).manifest.sae
-    if not of_cache and ":" not in name and not Path(name).is_dir():
-        raise UsageError(f"{given} was built with the SAE {name!r}, which is not here. Give it as --sae.")
-    sae = sae_italian.load_sae(name)
-    return sae, sae_italian.FeatureCache.open(given, sae=sae)
+    cache = sae_italian.FeatureCache.open(given)
+    return cache.load_sae(of_cache), cache
 
 
 def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str], against: list[str], seed: int) -> Any:

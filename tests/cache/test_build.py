@@ -21,6 +21,7 @@ from sae_italian.cache import FeatureCache, Manifest, build_cache, build_caches,
 from sae_italian.cache import build as build_module
 from sae_italian.cache.exchange import export_delphi, export_rows, import_delphi
 from sae_italian.cli import main
+from sae_italian.cli.analysis import _sae_of
 from sae_italian.corpora import PackedBlock, TextDocument, iter_documents
 from sae_italian.corpora.packing import NO_DOCUMENT
 from tests import fresh
@@ -111,7 +112,8 @@ def test_a_cache_finds_its_sae_where_it_was_or_beside_it_and_no_other(mini, tmp_
     assert torch.equal(FeatureCache.open(old).load_sae().W_dec, topk(1).W_dec)
     (tmp_path / "old").rename(tmp_path / "moved")
     moved = FeatureCache.open(tmp_path / "moved" / "cache")
-    assert torch.equal(moved.load_sae().W_dec, topk(1).W_dec)
+    for found in (moved.load_sae(), _sae_of(str(moved.folder), None)[0]):  # the latter as `language CACHE` does
+        assert torch.equal(found.W_dec, topk(1).W_dec)
     with pytest.raises(UsageError, match=r"old/sae.* If it was moved: sae-italian cache build SAE --out .*new/cache"):
         FeatureCache.open(new).load_sae()
     assert main(["autointerp", str(new)]) == 2 and main(["autointerp", str(new), "--subject"]) == 2
