@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float
 from scipy.special import stdtrit
 from sklearn.linear_model import LogisticRegression
 
+from sae_italian.analysis.latent import edit_hooks
 from sae_italian.analysis.treebank import (
     Sentence,
     Treebank,
@@ -43,7 +44,6 @@ from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.statistics import LEAST_DOCUMENTS, NOTHING, Estimate
 from sae_italian.benchmark.material import plainly
 from sae_italian.benchmark.probes import f1
-from sae_italian.saes import check_fits
 
 PARENTS = ("UPOS=AUX", "UPOS=NOUN", "UPOS=ADP", "UPOS=DET", "Gender=Fem", "Gender=Masc", "Number=Plur")
 LEAST_WORDS = 50  # of a form under one parent, and at least a fifth of them in test
@@ -212,9 +212,14 @@ def pairs_of(words: Words, forms: Sequence[str]) -> list[tuple[str, str]]:
 def absorption(saes: Mapping[str, Any], model: Any, treebanks: Sequence[str], *, context_size: int = 128) -> Absorption:
     """Return the absorption of SAEs of one hook on planted hierarchies of the treebanks' words, and what letters allow.
 
-    Raises: UsageError where no form is frequent enough, and as `check_fits`, `read_words` and `encode_words`.
+    Raises: UsageError where no form is frequent enough, of a transcoder, and as `edit_hooks`, `read_words` and `encode_words`.
     """
-    hook = [check_fits(sae, model) for sae in saes.values()][0]
+    for name, sae in saes.items():
+        hook, written = edit_hooks(sae, model)
+        if hook != written:
+            raise UsageError(
+                f"{name} is a transcoder; absorption compares what a latent reads with what it writes there."
+            )
     scored: dict[str, list[Absorbed]] = {name: [] for name in saes}
     spelled: dict[str, int] = {}
     l0, n_words = dict.fromkeys(saes, 0.0), 0
@@ -265,6 +270,8 @@ def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence
     rows = sae.W_dec.detach().float().cpu().numpy()
     lengths = np.linalg.norm(rows, axis=1)
     cosine, found = (rows @ probe.unit) / np.maximum(lengths, 1e-12), []
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        lengths = np.ones_like(lengths)  # the activations have them in them
     for child in children:
         own = words.labels[:, [words.names.index(child)]].toarray().ravel() > 0
         here = np.flatnonzero(own & probe.y & probe.said & ~words.train)

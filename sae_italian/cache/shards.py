@@ -235,7 +235,10 @@ def _positive(
     acts: Float[Tensor, "tokens d_sae"], mute: Bool[np.ndarray, " tokens"]
 ) -> tuple[Float[np.ndarray, " nnz"], Int[np.ndarray, " nnz"], Int[np.ndarray, " tokens+1"]]:
     """Return what `top_positive` does, of all latents."""
-    acts = acts.clamp_(min=0)
+    if (acts < 0).any():
+        raise UsageError(
+            "the SAE has latents below 0, as an abstopk; here a latent fires where it is above 0. Use another architecture."
+        )
     acts[torch.from_numpy(mute).to(acts.device)] = 0
     rows, columns = acts.nonzero(as_tuple=True)
     indptr = np.append(0, torch.bincount(rows, minlength=len(acts)).cumsum(0).cpu().numpy())

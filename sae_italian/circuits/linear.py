@@ -71,6 +71,7 @@ class Linear:
         self.patterns: dict[nn.Module, Float[Tensor, "pos heads pos"]] = before.patterns if before else {}
         self.scales: dict[str, Float[Tensor, "1 pos 1"]] = before.scales if before else {}
         self.written: dict[int, Tensor] = before.written if before else {}
+        self.passed: dict[int, Tensor] = before.passed if before else {}  # by the skip connections
         resolved = {layer: resolve_hook(model, name)[0] for layer, name in hooks.items()}
         normalised = {hook.module_path(model.config): layer for layer, hook in resolved.items() if hook.normalised}
         n_layers, reading = model.config.num_hidden_layers, resolved.keys() - normalised.values()
@@ -126,7 +127,7 @@ class Linear:
         self.leaves.append((torch.zeros_like(out) + self.added.get(layer, 0.0)).detach().requires_grad_())
         if layer in self.skips:
             passed = self.reads[layer] @ self.skips[layer].T.to(out)
-            skip = passed - passed.detach()
+            skip = passed - self.passed.setdefault(layer, passed.detach())
         return written + self.leaves[-1] + skip
 
     def _attend(self, original: Callable[..., Any], module: Any, *given: Any, **more: Any) -> tuple[Tensor, None]:

@@ -63,7 +63,8 @@ def to_jumprelu(
     are `threshold` (of all latents, or the median of theirs), the tokens that set it (`n_tokens`) and that checked it,
     and of these L0 (before: below k where fewer latents are positive), centred explained variance, and the share of
     latents that never fired.
-    Raises: UsageError for another architecture, fewer than 10 tokens, or a check that would have no token.
+    Raises: UsageError for another architecture, fewer than 10 tokens, a check that would have no token, or thresholds of
+    each latent where the SAE rescales each token.
     """
     check_exportable(sae)
     if thresholds not in get_args(Thresholds):
@@ -72,6 +73,11 @@ def to_jumprelu(
     raw = copy.deepcopy(sae).to(dtype=torch.float32).eval()
     if raw.cfg.normalize_activations == "expected_average_only_in":
         raw.fold_activation_norm_scaling_factor(raw.cfg.d_in**0.5 / x.float().norm(dim=-1).mean().item())
+    if thresholds == "calibrated" and (mode := raw.cfg.normalize_activations) != "none":
+        raise UsageError(
+            f"the SAE has normalize_activations {mode!r}, another scale for each token; a threshold of each latent is "
+            "fitted on one scale. Use thresholds=one."
+        )
     theta = threshold_for(raw, x[~checks], sae.cfg.k)
     folded = _with_threshold(raw, theta)
     folded.fold_W_dec_norm()

@@ -146,6 +146,15 @@ def test_the_subject_is_the_caches_model_with_its_whole_window_and_its_saes_dire
         assert torch.equal(judge.forward(tokens), mini(tokens).logits)
 
 
+def test_the_subject_of_a_transcoder_is_changed_where_its_latents_write(planted, mini, monkeypatch):
+    sae, tokens = load_sae(planted.manifest.sae), torch.tensor([[mini.tokenizer.bos_token_id, 40, 41]])
+    sae.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
+    monkeypatch.setattr(type(planted), "load_sae", lambda _: sae)
+    add = adding(torch.ones(128), 8.0)
+    found = subject_judge(planted, mini).forward(tokens, add)
+    assert torch.equal(found, logits_with_replacement(mini, tokens, "blocks.1.hook_mlp_out", add))
+
+
 def test_scores_of_a_cache_rebuilt_since_or_of_nobody_are_refused(planted, mini, store, tmp_path):
     from tests.planted import planted_cache
 

@@ -1,6 +1,7 @@
 """Absorption: the known answers, letters with accents folded, and SAEs side by side on planted hierarchies."""
 
 import json
+from functools import reduce
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,20 @@ import torch
 from scipy.stats import t as student
 
 from sae_italian.analysis.treebank import Words
-from sae_italian.benchmark.absorption import Absorbed, Absorption, _dense, _Probe, _scored, class_latents, parts
+from sae_italian.base.errors import UsageError
+from sae_italian.benchmark.absorption import (
+    Absorbed,
+    Absorption,
+    _dense,
+    _Probe,
+    _scored,
+    absorption,
+    class_latents,
+    parts,
+)
 from sae_italian.benchmark.material import plainly
 from sae_italian.cli import main
+from sae_italian.saes import load_sae
 
 ROOT = np.sqrt(0.5)  # p is the first axis, the member's own direction the second; a token is p + c, so A = 1
 
@@ -54,15 +66,21 @@ def test_a_class_ends_at_the_first_latent_that_brings_nothing(monkeypatch):
     assert len(latents) == 1 and found == 0.5
 
 
-def test_scored_are_test_words_that_the_probe_gets_right_whatever_the_decoders_length(monkeypatch):
-    """Half of p is in a latent of the member's own, (c) above, the rows three times as long and a third as active."""
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_scored_are_test_words_that_the_probe_gets_right_whatever_the_decoders_length(monkeypatch, rescaled):
+    """Half of p is in a latent of the member's own, (c) above, the rows three times as long and a third as active, or, where
+    the activations have the rows' lengths in them, as active."""
     row = np.arange(40)
     child, own = row % 2 == 0, np.array([0.5, np.sqrt(1.25)])
     words = Words("", ["form=è"], scipy.sparse.csr_array(child[:, None]), row, row < 20, np.stack([row**0, row], 1))
     probe = _Probe("UPOS=AUX", row % 4 == 0, np.array([1.0, 0.0]), row != 24, 0.9)
     monkeypatch.setattr("sae_italian.benchmark.absorption.class_latents", lambda *_: ([0], 0.8))
-    sae = SimpleNamespace(W_dec=3 * torch.tensor([[1.0, 0.0], [ROOT / 2**0.5 / own[1], 1 / own[1]]]))
-    (found,) = _scored(sae, scipy.sparse.csr_array(np.tile(own / 3, (40, 1))), words, probe, ["form=è"], "ISDT")
+    sae = SimpleNamespace(
+        W_dec=3 * torch.tensor([[1.0, 0.0], [ROOT / 2**0.5 / own[1], 1 / own[1]]]),
+        cfg=SimpleNamespace(rescale_acts_by_decoder_norm=rescaled),
+    )
+    acts = scipy.sparse.csr_array(np.tile(own if rescaled else own / 3, (40, 1)))
+    (found,) = _scored(sae, acts, words, probe, ["form=è"], "ISDT")
     assert found.n_words == 4 and found.fraction == pytest.approx(0.5) and found.child == "è"
 
 
@@ -135,6 +153,18 @@ def test_two_saes_that_differ_by_class_at_random_are_seldom_told_apart():
         lo, hi = Absorption({"a": one.pairs["sae"], "b": other.pairs["sae"]}, {}, (3, 21)).differences()["b"][1:]
         told.append(not lo <= 0 <= hi)
     assert np.mean(told) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("of", "told"), [("metadata.hook_name_out", "toy is a transcoder"), ("normalize_activations", "another direction")]
+)
+def test_what_reads_and_writes_on_different_scales_is_refused(trained_sae, mini, of, told):
+    sae = load_sae(trained_sae)
+    value = {"metadata.hook_name_out": "blocks.1.hook_mlp_out", "normalize_activations": "layer_norm"}[of]
+    *path, name = of.split(".")
+    setattr(reduce(getattr, path, sae.cfg), name, value)
+    with pytest.raises(UsageError, match=told):
+        absorption({"toy": sae}, mini, ["micro-italiano"])
 
 
 def test_the_command_on_the_mini_model(trained_sae, tmp_path, capsys, monkeypatch):

@@ -203,3 +203,11 @@ def test_sparse_encoding_is_the_saes_own(architecture):
         sparse = encode_sparse(sae, x, np.zeros(70, dtype=bool))
     assert np.array_equal(sparse.toarray(), dense) and sparse.has_canonical_format and (sparse.data > 0).all()
     assert type(sae.activation_fn).__name__ != "Identity"
+
+
+def test_latents_below_0_are_refused_not_left_out():
+    """Of SAELens' AbsTopK, whose negative latents would be as if they never fired."""
+    from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
+
+    with pytest.raises(UsageError, match="latents below 0, as an abstopk"):
+        encode_sparse(AbsTopKSAE(AbsTopKSAEConfig(d_in=16, d_sae=64, k=6)), torch.randn(7, 16), np.zeros(7, dtype=bool))

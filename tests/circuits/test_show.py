@@ -174,6 +174,12 @@ def test_latents_of_the_last_layer_that_write_little_do_what_their_edges_say(mis
     assert len(found.random) == 2 and set(found.scores) == {"these", "random"} and found.verdict() in found.text()
 
 
+def test_what_is_written_twice_goes_on_through_skip_connections_too(mistral):  # noqa: F811
+    saes = [random_transcoder(layer, skip=True) for layer in range(3)]
+    graph = attribute(mistral, saes, "ciao bella")
+    assert replayed(Prompt(mistral, saes, "ciao bella"), graph) < 1e-6
+
+
 def test_a_graph_without_active_latents_foretells_nothing(mistral):  # noqa: F811
     sae = random_transcoder(1)
     sae.b_enc.data.fill_(-1000.0)

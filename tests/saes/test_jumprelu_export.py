@@ -175,6 +175,15 @@ def test_others_are_refused_in_one_line(identity_sae, mini, jsonl):
         to_jumprelu(topk(True), torch.randn(40, 32), documents=torch.arange(40) // 10)
     with pytest.raises(UsageError, match="thresholds is 'each'"):
         to_jumprelu(topk(True), torch.randn(40, 32), thresholds="each")
+    with pytest.raises(UsageError, match="'layer_norm', another scale for each token; .* Use thresholds=one"):
+        to_jumprelu(topk(True, normalize_activations="layer_norm"), torch.randn(40, 32))
+
+
+def test_what_rescales_each_token_takes_one_threshold_for_all():
+    x = 50 * torch.randn(4000, 32)
+    _, report = converted(topk(False, normalize_activations="layer_norm"), x, thresholds="one")
+    assert abs(report.l0 - K) < 0.05 * K
+    assert report.explained_variance == pytest.approx(report.explained_variance_before, rel=0.1)
 
 
 def test_the_command_writes_what_stock_saelens_loads(trained_sae, mini, tmp_path, capsys):

@@ -40,6 +40,7 @@ from sae_italian.base.labels import Language
 from sae_italian.base.statistics import NOTHING, Estimate, bootstrap, shares_by_document
 from sae_italian.cache import FeatureCache
 from sae_italian.models.activations import continuation_log_probs, logits_of, logits_with_replacement
+from sae_italian.saes import hooks_of
 
 EMPTY = {"it": "Varie frasi senza legame fra loro.", "en": "Various unrelated sentences."}
 ASKS = {"it": "\nIn breve, si parla di:", "en": "\nIn short, this is about:"}
@@ -96,7 +97,8 @@ class SubjectJudge:
 
 def subject_judge(cache: FeatureCache, model: Any) -> SubjectJudge:
     """Return the model that a cache was built with as a judge, the cache's SAE giving the directions."""
-    tokenizer, hook = model.tokenizer, cache.manifest.hook_name
+    tokenizer, sae = model.tokenizer, cache.load_sae()
+    hook = hooks_of(sae)[1]  # where its latents write
     strings = piece_texts(tokenizer, len(tokenizer))
 
     def forward(tokens: Tensor, replace: Replace | None = None) -> Tensor:
@@ -108,7 +110,7 @@ def subject_judge(cache: FeatureCache, model: Any) -> SubjectJudge:
     return SubjectJudge(
         forward,
         tokenizer,
-        cache.load_sae().W_dec,
+        sae.W_dec,
         lambda latent: promoted_tokens(cache, strings, latent),
         context=getattr(model.config, "max_position_embeddings", None) or CONTEXT,
     )
