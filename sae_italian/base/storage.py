@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ RUN_FILE, LOCK_FILE = "run.json", ".lock"
 OURS = """
     *.safetensors spans-*.npy seen-*.npz data-*.arrow documents-*.parquet stats.parquet matches.parquet
     metrics.jsonl release.jsonl model.jsonl sourceset.jsonl source.jsonl batch-*.jsonl.gz autointerp.sqlite*
-    *.calls.sqlite* .*.tmp index.html map.html assets/app.js assets/app.css data/*.js other/*.js pictures/*.svg
+    wandb/* checkpoints/[0-9]*/* index.html map.html assets/app.js assets/app.css data/*.js other/*.js pictures/*.svg
     curves.svg density.svg run.json part-[0-9]*.npy benchmark.* leaderboard.* cfg.json runner_cfg.json
     activation_scaler.json card.* results.* report.* baselines.* overview.* language.* shift.* geometry.* layer.json
     manifest.json progress.json counts.json state.json dataset_*.json sae_lens.json browser.json wandb.json
     config.json run_settings.json skipped_indexes.json batch-*.json [0-9]*.json README.md graph.* neuronpedia.json
     rows.partial visited.json config.yaml index.json.gz layer_*.bin meaning.npz seeds.json choose-k.* absorption.*
 """
-OUR_FOLDERS = ("wandb", "checkpoints")  # with all that is in them
+# The folders that these runs make: whatever else lies in them, another run as well, stays. Other runs are made of runs.
+MADE = {"train": r"wandb(/.*)?|checkpoints(/\d+(/.*)?)?", "cache": "(random-twin/)?(tokens|acts|latents)|random-twin"}
 IS_WINDOWS = sys.platform == "win32"
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *(() if IS_WINDOWS else (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU))]
@@ -172,9 +174,7 @@ def disk_full(error: BaseException) -> bool:
 
 def room_on(path: Path) -> int:
     """Return how many bytes are free on the disk of a path, which need not exist."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
 
 
 @contextmanager
@@ -268,8 +268,6 @@ def utc_now() -> str:
 
 def package_versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    from importlib.metadata import version
-
     names = "sae-italian sae-lens transformer-lens transformers torch tokenizers datasets"
     return {name: version(name) for name in names.split()}
 
@@ -310,12 +308,12 @@ def claimed(
                 remove(left)
         elif earlier:  # who is killed here leaves what can be overwritten, not resumed
             write_json(out / RUN_FILE, {**earlier, "spec": {}})
-            _remove_ours(out)
+            _remove_ours(out, MADE.get(kind, ".*"))
         if not continuing or record != earlier:
             write_json(out / RUN_FILE, record)
         try:
             yield continuing
-        except SaeItalianError:
+        except Exception:
             if not earlier and {child.name for child in out.iterdir()} <= {RUN_FILE, LOCK_FILE}:
                 remove(out / RUN_FILE)  # refused before anything was done
             raise
@@ -371,12 +369,14 @@ def record_in(folder: str | Path, *kinds: str) -> dict[str, Any]:
     return found if known and found["kind"] in (kinds or [found["kind"]]) else {}
 
 
-def _remove_ours(out: Path) -> None:
-    """Remove the files that runs write and folders then empty; record, lock and all else stay."""
-    names = [f"*/{name}" for name in OURS.split()] + [f"*/{name}/*" for name in OUR_FOLDERS]
-    for path in sorted(out.rglob("*"), reverse=True):  # what is in a folder before the folder
-        if path.is_dir() and not path.is_symlink():
+def _remove_ours(out: Path, folders: str, below: str = "") -> None:
+    """Remove the files that runs write, in those `folders` too, and folders then empty; record, lock and all else stay."""
+    for path in sorted((out / below).iterdir(), reverse=True):
+        name = path.relative_to(out).as_posix()
+        if path.is_dir() and not path.is_symlink() and not _is_temporary(path):
+            if re.fullmatch(folders, name):
+                _remove_ours(out, folders, name)
             if not any(path.iterdir()):
                 path.rmdir()
-        elif path != out / RUN_FILE and any(fnmatchcase(f"/{path.relative_to(out).as_posix()}", n) for n in names):
+        elif _is_temporary(path) or (name != RUN_FILE and any(fnmatchcase(f"/{name}", f"*/{n}") for n in OURS.split())):
             remove(path)

@@ -202,11 +202,7 @@ def halves(value: np.ndarray) -> dict[str, np.ndarray]:
 
 def write_arrays(folder: Path, file: str, arrays: dict[str, np.ndarray]) -> str:
     """Write a safetensors file whole or not at all; return its checksum. Empty `wide_*` arrays are left out."""
-    kept = {
-        name: np.ascontiguousarray(array)
-        for name, array in arrays.items()
-        if len(array) or not name.startswith("wide_")
-    }
+    kept = {name: np.ascontiguousarray(each) for name, each in arrays.items() if each.size or "wide" not in name}
     with atomic_path(folder / file) as temporary:
         try:
             save_file(kept, temporary)

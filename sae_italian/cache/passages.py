@@ -138,6 +138,7 @@ class LatentActivations:
 
     def around(self, anchor: Int[np.ndarray, " n"], before: int, after: int) -> Passages:
         """Return what reaches so many tokens before and after each anchor, inside its document and its window."""
+        check_whole(0, before=before, after=after)
         return self._passages(anchor, before, after, anchor)
 
     def windows(self, kind: str = "top", n: int = 40, *, width: int = 32, seed: int = 0, bins: int = 10) -> Passages:
@@ -184,6 +185,7 @@ class LatentActivations:
 
 def segment_starts(cache: FeatureCache, position: Int[np.ndarray, " n"], width: int) -> Int[np.ndarray, " n"]:
     """Return where the segment that holds each position starts."""
+    check_whole(1, width=width)
     return position - (position % cache.manifest.context_size - cache.gather("run", position)) % width
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet
 from jaxtyping import Int
 from scipy.sparse import csr_array
 
-from sae_italian.base.errors import DataError, SaeItalianError, UsageError
+from sae_italian.base.errors import DataError, SaeItalianError, UsageError, check_whole
 from sae_italian.base.report import OURS, Picture, framed, svg
 from sae_italian.base.storage import path_of
 from sae_italian.cache import layout
@@ -172,9 +172,10 @@ class FeatureCache:
 
         Positions may come in rows, each within one window.
         """
-        if len(position) == 0:
-            return
-        shard = position.reshape(len(position), -1)[:, 0] // self._shard_positions
+        if position.size and not 0 <= position.min() <= position.max() < self.n_positions:
+            told = f"positions {position.min()} to {position.max()}"
+            raise UsageError(f"{told} are not all there; the cache has 0 to {self.n_positions - 1}.")
+        shard = position.min(axis=tuple(range(1, position.ndim))) // self._shard_positions
         order = None if (np.diff(shard) >= 0).all() else np.argsort(shard, kind="stable")  # a latent's own are in order
         shard = shard if order is None else shard[order]
         begins = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
@@ -216,7 +217,7 @@ class FeatureCache:
 
         The division is the same for everything that reads the cache.
         """
-        salt = seed.to_bytes(8, "little")
+        salt = int(seed).to_bytes(8, "little")
         draws = np.empty(self.n_documents)
         for index in range(self.n_documents):
             text = self._string("text", index).encode("utf-8", "surrogatepass")
@@ -225,6 +226,7 @@ class FeatureCache:
 
     def segments(self, width: int = 32) -> Segments:
         """Cut all windows at document boundaries and every `width` tokens; special tokens belong to no segment."""
+        check_whole(1, width=width)
         in_run = np.arange(self.n_positions) % self.manifest.context_size - self.whole("run")
         start = np.flatnonzero(in_run % width == 0)
         length = np.diff(np.append(start, self.n_positions))
@@ -233,12 +235,9 @@ class FeatureCache:
 
     def spans(self, first: int, last: int) -> tuple[str, Int[np.ndarray, "tokens 2"]]:
         """Return the text that positions first to last (exclusive, one document) cover, and each token's span in it."""
-        shard, place = divmod(int(first), self._shard_positions)
-        arrays, here = self.shard_tokens(shard), slice(place, place + int(last) - int(first))
-        spans = np.stack([arrays["start"][here], arrays["end"][here]], axis=1).astype(np.int64)
-        begin = int(spans[0, 0])
-        text = self._string("text", int(arrays["doc"][place]))[begin : int(spans[:, 1].max(initial=0))]
-        return text, spans - begin
+        start, end, doc = self.gather_all(("start", "end", "doc"), np.arange(first, last))
+        text = self._string("text", int(doc[0]))[start[0] : end.max()]
+        return text, np.stack([start, end], axis=1) - start[0]
 
     # --- latents -----------------------------------------------------------------------------------------------------
 

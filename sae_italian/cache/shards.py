@@ -236,9 +236,7 @@ def _positive(
 ) -> tuple[Float[np.ndarray, " nnz"], Int[np.ndarray, " nnz"], Int[np.ndarray, " tokens+1"]]:
     """Return what `top_positive` does, of all latents."""
     if (acts < 0).any():
-        raise UsageError(
-            "the SAE has latents below 0, as an abstopk; here a latent fires where it is above 0. Use another architecture."
-        )
+        raise UsageError("latents below 0, as an abstopk has, are not kept in a cache. Use another architecture.")
     acts[torch.from_numpy(mute).to(acts.device)] = 0
     rows, columns = acts.nonzero(as_tuple=True)
     indptr = np.append(0, torch.bincount(rows, minlength=len(acts)).cumsum(0).cpu().numpy())

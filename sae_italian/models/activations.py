@@ -33,13 +33,16 @@ def check_context(context_size: int, config: Any) -> int:
 
 
 def check_model(model: Any) -> Any:
-    """Return a model of transformers, or its bridge without SAEs in it, that has its tokenizer. Raises: UsageError for another."""
+    """Return a model of transformers, or its bridge, that has its tokenizer and is as it was loaded. Raises: UsageError."""
     if not (hasattr(model, "config") and hasattr(model, "tokenizer")):
         raise UsageError(
             f"the model is a {type(model).__name__}; give one of transformers, or its bridge, as load_model(name) does."
         )
     if attached := getattr(model, "acts_to_saes", None):
         raise UsageError(f"the model has SAEs in it, at {', '.join(attached)}. Take them out: reset_saes().")
+    drops = [name for name in vars(model.config) if "drop" in name and getattr(model.config, name)]
+    if drops and getattr(model, "original_model", model).training:
+        raise UsageError(f"the model is in training, its dropout is on ({', '.join(drops)}). Call model.eval() first.")
     return model
 
 
@@ -122,10 +125,8 @@ def replaced(model: nn.Module, hook_name: str, function: Callable[[Tensor], Tens
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
         handle = module.register_forward_hook(on_output)
-    try:
+    with handle:
         yield
-    finally:
-        handle.remove()
 
 
 def logit_lens(model: nn.Module) -> Callable[[Float[Tensor, "n d_model"]], Float[Tensor, "n vocab"]]:
@@ -194,11 +195,8 @@ def logits_at(
     With a vocabulary of 262,144 the logits of all positions are two thirds of the work and nearly all of the memory.
     """
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][wanted.to(args[0].device)][None],))
-    try:
+    with head.register_forward_pre_hook(lambda _, args: (args[0][wanted.to(args[0].device)][None],)):
         return logits_of(model, tokens.to(model.device))[0]
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()

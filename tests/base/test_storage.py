@@ -116,9 +116,11 @@ def test_overwriting_takes_our_own_files_of_the_same_kind_and_no_other(tmp_path)
         "checkpoints/64/trainer.pt",
         "card.md",
         "checkpoints/.5.tmp",
-        "report/data/cards/0001.js",
+        "wandb/run-1/files/config.yaml",
     ]
     others = ["thesis.txt", "notes/chapter.md", "tabella.json", "dati.jsonl", "figura.svg", "saes/tool.js"]
+    others += ["model/config.json", "model/model.safetensors", "checkpoints/64-copy/trainer.pt", "checkpoints/mine.txt"]
+    others += ["cache/run.json", "cache/manifest.json", "cache/autointerp.sqlite", "paid.calls.sqlite"]
     with claimed(out, "train", {"lr": 1}):
         for name in (*ours, *others):
             write_text(out / name, name)
@@ -131,7 +133,23 @@ def test_overwriting_takes_our_own_files_of_the_same_kind_and_no_other(tmp_path)
     with claimed(out, "train", {"lr": 2}, overwrite=True) as continuing:
         assert not continuing
     left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert left == {"run.json", *others} and not (out / "checkpoints").exists()
+    assert left == {"run.json", *others} and not (out / "checkpoints/64").exists()
+
+
+def test_overwriting_takes_what_is_in_the_runs_that_a_run_is_made_of(tmp_path):
+    out, ours = tmp_path / "out", ["sae/run.json", "sae/checkpoints/64/a.pt", "report/data/cards/0001.js"]
+    with claimed(out, "quickstart", {}):
+        for name in (*ours, "mine/notes.txt"):
+            write_text(out / name, name)
+    with claimed(out, "quickstart", {}, overwrite=True):
+        assert {path.name for path in out.iterdir()} == {"run.json", ".lock", "mine"}
+
+
+@pytest.mark.parametrize("error", [UsageError, RuntimeError])
+def test_a_run_that_failed_before_it_wrote_anything_leaves_its_folder_free(tmp_path, error):
+    with pytest.raises(error), claimed(tmp_path / "out", "train", {}):
+        raise error("no")
+    assert claim(tmp_path / "out", "cache", {}) is False
 
 
 def test_who_is_killed_while_a_run_is_removed_leaves_what_can_be_overwritten_and_not_resumed(tmp_path, monkeypatch):

