@@ -159,7 +159,7 @@ def path_of(name: str | Path) -> Path:
     try:
         path = Path(name).expanduser()
         path.exists()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
         told = f"{str(name)[:60]!r} cannot be looked for ({getattr(error, 'strerror', None) or error})"
         raise UsageError(f"{told}. Give another path or name.") from error
     return path

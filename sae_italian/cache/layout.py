@@ -175,7 +175,9 @@ def config_hash(sae: Any) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return a SHA-256 of the fast tokenizer's whole definition."""
+    """Return a SHA-256 of the fast tokenizer's whole definition. Raises: UsageError for what is no such tokenizer."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UsageError(f"a {type(tokenizer).__name__} is no fast tokenizer of transformers. Give model.tokenizer.")
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 

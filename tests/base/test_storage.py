@@ -236,7 +236,7 @@ def test_deep_yaml_and_endless_numbers_are_one_line(text):
     assert read_yaml("a: {b: [1]}", "lr=") == {"a": {"b": [1]}}
 
 
-@pytest.mark.parametrize("name", ["9" * 6000, "è" * 200, "~nobody-at-all/x"])
+@pytest.mark.parametrize("name", ["9" * 6000, "è" * 200, "~nobody-at-all/x", None, 3])
 def test_a_name_that_is_no_path_is_one_short_line(name):
     with pytest.raises(UsageError, match="cannot be looked for") as caught:
         path_of(name)

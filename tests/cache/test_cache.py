@@ -250,6 +250,8 @@ def test_opening_with_another_sae_or_tokenizer_is_refused(small_cache, mini, tra
         change(other)
         with pytest.raises(UsageError, match=f"built with another SAE .*; its {said}"):
             FeatureCache.open(small_cache, sae=other)
+    with pytest.raises(UsageError, match="a str is no fast tokenizer"):
+        FeatureCache.open(small_cache, tokenizer="sae-italian-mini")
     from tests.corpora.test_packing import TOKENIZERS
 
     with pytest.raises(UsageError, match="another tokenizer"):
