@@ -27,7 +27,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -182,10 +182,9 @@ def _windows(cache: FeatureCache) -> Iterator[Any]:
 
 
 def _documents(cache: FeatureCache) -> Iterator[Any]:
-    first = 0
+    documents = map(cache.document, range(cache.n_documents))
     for shard in cache.manifest.shards:
-        texts = [cache.document(first + own) for own in range(shard.n_documents)]
-        first += len(texts)
+        texts = list(islice(documents, shard.n_documents))
         columns = {name: pa.array([getattr(text, name) for text in texts], pa.large_string()) for name in TEXTS}
         yield pa.table({**columns, "shard": pa.array(np.full(len(texts), shard.index, dtype=np.uint32))})
 
@@ -310,11 +309,9 @@ def find_splits(source: Path) -> list[DelphiSplit]:
             f"{source} holds no split of a Delphi cache (FIRST_LAST.safetensors). Give the folder of one "
             "hookpoint, such as results/NAME/latents/layers.5."
         )
-    expected = 0
-    for split in splits:
-        if split.first != expected or split.last < split.first:
-            raise DataError(f"{source}: latent {expected} should begin a split, {split.file.name} comes next.")
-        expected = split.last + 1
+    for split, first in zip(splits, [0, *(each.last + 1 for each in splits)], strict=False):
+        if split.first != first or split.last < first:
+            raise DataError(f"{source}: latent {first} should begin a split, {split.file.name} comes next.")
     return splits
 
 

@@ -172,9 +172,9 @@ class FeatureCache:
 
         Positions may come in rows, each within one window.
         """
-        if position.size and not 0 <= position.min() <= position.max() < self.n_positions:
-            told = f"positions {position.min()} to {position.max()}"
-            raise UsageError(f"{told} are not all there; the cache has 0 to {self.n_positions - 1}.")
+        first, last = position.min(initial=0), position.max(initial=0)
+        if first < 0 or last >= self.n_positions:
+            raise UsageError(f"positions of this cache are 0 to {self.n_positions - 1}, not {first} to {last}.")
         shard = position.min(axis=tuple(range(1, position.ndim))) // self._shard_positions
         order = None if (np.diff(shard) >= 0).all() else np.argsort(shard, kind="stable")  # a latent's own are in order
         shard = shard if order is None else shard[order]
@@ -235,9 +235,12 @@ class FeatureCache:
 
     def spans(self, first: int, last: int) -> tuple[str, Int[np.ndarray, "tokens 2"]]:
         """Return the text that positions first to last (exclusive, one document) cover, and each token's span in it."""
-        start, end, doc = self.gather_all(("start", "end", "doc"), np.arange(first, last))
-        text = self._string("text", int(doc[0]))[start[0] : end.max()]
-        return text, np.stack([start, end], axis=1) - start[0]
+        shard, place = divmod(int(first), self._shard_positions)
+        arrays, here = self.shard_tokens(shard), slice(place, place + int(last) - int(first))
+        spans = np.stack([arrays["start"][here], arrays["end"][here]], axis=1).astype(np.int64)
+        begin = int(spans[0, 0])
+        text = self._string("text", int(arrays["doc"][place]))[begin : int(spans[:, 1].max(initial=0))]
+        return text, spans - begin
 
     # --- latents -----------------------------------------------------------------------------------------------------
 

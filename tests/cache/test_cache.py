@@ -140,13 +140,12 @@ def test_a_latent_that_does_not_exist(cache):
     [
         lambda cache: cache.gather("tokens", np.array([5, -1])),
         lambda cache: cache.gather("tokens", np.array([0, cache.n_positions])),
-        lambda cache: cache.spans(-3, 2),
         lambda cache: cache.latent(0).around(np.array([-1]), 2, 2),
     ],
 )
 def test_positions_that_do_not_exist(cache, read):
     """Of -1 nothing was read: what memory held stood in its place."""
-    with pytest.raises(UsageError, match=f"not all there; the cache has 0 to {cache.n_positions - 1}"):
+    with pytest.raises(UsageError, match=f"positions of this cache are 0 to {cache.n_positions - 1}, not"):
         read(cache)
 
 
