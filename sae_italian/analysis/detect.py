@@ -162,8 +162,8 @@ def best_cut(score: Float[np.ndarray, " n"], truth: Bool[np.ndarray, " n"]) -> f
     order = np.argsort(-score, kind="stable")
     ranked = score[order]
     f1 = 2 * np.cumsum(truth[order]) / (np.arange(1, len(score) + 1) + truth.sum())
-    last = np.append(ranked[1:] != ranked[:-1], True)  # words of one score are said yes to together
-    return float(ranked[np.argmax(np.where(last, f1, -1))])
+    # words of one score are said yes to together
+    return float(ranked[np.argmax(np.where(np.append(ranked[1:] != ranked[:-1], True), f1, -1))])
 
 
 # --- all of it as one result -------------------------------------------------------------------------------------------
@@ -223,9 +223,7 @@ class Probes(NamedTuple):
             "sae": self.sae,
             "words": {name: {"train": a, "test": b} for name, (a, b) in self.n_words.items()},
             "means": plain(self.means()),
-            "detections": plain(
-                self.detections.assign(category=self.detections.label.map(category)).to_dict("records")
-            ),
+            "detections": plain(self.detections.assign(category=lambda d: d.label.map(category)).to_dict("records")),
             "detectors": plain(self.labels()),
             "misses": plain(self.misses()),
         }

@@ -46,7 +46,7 @@ def random_directions(n: int, d: int, seed: int, *, like: Float[Tensor, "m d"] |
 
     With `like` they have its mean and covariance: what the common subspace of these directions alone gives.
     """
-    drawn = torch.randn(n, d, generator=torch.Generator().manual_seed(int(seed)))
+    drawn = torch.randn(n, d, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float32)
     if like is not None:
         values, vectors = torch.linalg.eigh(torch.cov(like.cpu().double().T).reshape(d, d))
         drawn = drawn @ (vectors * values.clamp_min(0).sqrt()).float().T + like.mean(dim=0).cpu()
@@ -89,22 +89,18 @@ def map_of(units: Float[Tensor, "n d"], method: MapMethod = "pca", seed: int = 0
     Raises: UsageError for `umap` when it is not installed.
     """
     if method == "umap":
-        return _umap(units, seed)
+        try:
+            import umap  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UsageError(
+                "the map method 'umap' needs umap-learn, which is not installed: pip install umap-learn, or use 'pca'."
+            ) from error
+        more = UMAP_SETTINGS | {"n_neighbors": min(30, len(units) - 1), "random_state": seed % 2**32}
+        return np.asarray(umap.UMAP(**more).fit_transform(units.cpu().numpy()), dtype=np.float32)
     # each component's largest loading is positive, so that signs repeat; of one dimension the second is 0
     with np.errstate(invalid="ignore"):  # of directions that are all zero
         found = PCA(min(2, units.shape[1]), svd_solver="covariance_eigh").fit_transform(units.cpu().double().numpy())
     return np.pad(found, ((0, 0), (0, 2 - found.shape[1]))).astype(np.float32)
-
-
-def _umap(units: Float[Tensor, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
-    try:
-        import umap  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UsageError(
-            "the map method 'umap' needs umap-learn, which is not installed: pip install umap-learn, or use 'pca'."
-        ) from error
-    settings = UMAP_SETTINGS | {"n_neighbors": min(30, len(units) - 1)}
-    return np.asarray(umap.UMAP(random_state=seed, **settings).fit_transform(units.cpu().numpy()), dtype=np.float32)
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
@@ -251,14 +247,12 @@ def _by_chance(source: Set, target: Set, n: int, seed: int, *, covariance: bool)
         random_directions(size, units.shape[1], own_seed, like=units if covariance else None)
         for units, size, own_seed in ((source.units, n, 2 * seed), (target.units, len(target.latent), 2 * seed + 1))
     )
-    if source is target:
-        return Distribution.of(nearest_directions(there[:n], there, itself=torch.arange(n)).cosine.to_numpy())
-    return Distribution.of(nearest_directions(here, there).cosine.to_numpy())
+    rows, itself = (there[:n], torch.arange(n)) if source is target else (here, None)
+    return Distribution.of(nearest_directions(rows, there, itself=itself).cosine.to_numpy())
 
 
 def _splits(near: Any) -> list[Split]:
     """Return the target's latents that are the nearest, and a neighbour, of two or more rows."""
     several = near[near.duplicated("nearest", keep=False)]
     falling = several.sort_values("cosine", ascending=False, kind="stable")
-    groups = falling.groupby("nearest")[["latent", "cosine"]].agg(list)
-    return [Split(*row) for row in groups.itertuples()]
+    return [Split(*row) for row in falling.groupby("nearest")[["latent", "cosine"]].agg(list).itertuples()]

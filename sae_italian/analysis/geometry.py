@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from sae_italian.analysis import directions, treebank
 from sae_italian.analysis.directions import EDGES, Comparison, MapMethod, Set, compare, map_of
+from sae_italian.analysis.latent import named
 from sae_italian.analysis.treebank import Words
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced
@@ -122,7 +123,7 @@ def geometry(
 
     `alive` says per SAE which latents take part (default: all; a dead latent keeps its random start, see `fired`),
     `texts` what is known of latents, for the map; `method` as in `map_of`, `seed` and the other settings as in `compare`.
-    Raises: UsageError when there is no SAE, or their decoders write into spaces of different dimensions.
+    Raises: UsageError as `named`, or when their decoders write into spaces of different dimensions.
     """
     notes = _check(saes)
     sets = [Set.of(name, sae, (alive or {}).get(name)) for name, sae in saes.items()]
@@ -142,9 +143,7 @@ def geometry(
 
 def _check(saes: Mapping[str, Any]) -> list[str]:
     """Return what a reader should know of SAEs that are compared: other models, other hooks. Raises: as `geometry`."""
-    if not saes:
-        raise UsageError("no SAE was given; the geometry needs one or more.")
-    (first, reference), *others = saes.items()
+    (first, reference), *others = named(saes).items()
     notes = []
     for name, sae in others:
         d, expected = sae.W_dec.shape[1], reference.W_dec.shape[1]
@@ -259,7 +258,7 @@ class Recurrence(NamedTuple):
     curve: dict[str, tuple[float, float]]
     labelled: int  # live latents that detect a label of words (F1 of 0.5 or more)
     same_label: Estimate  # share of these whose partner in another seed has the same label, over all pairs
-    same_label_chance: float  # the same with as many partners, dealt out at random among the labelled latents
+    same_label_chance: float  # the same with as many partners, dealt out at random among these latents
 
     def table(self) -> str:
         """Return the shares as Markdown, and what they say in a sentence."""
@@ -340,6 +339,5 @@ def mutual(
 def labels_of(sae: Any, words: Words) -> Int[np.ndarray, " d_sae"]:
     """Return the number of the label that each latent detects best, by F1 at its best threshold; -1 below LABELLED."""
     acts = treebank.encode_words(sae, words.x)
-    maxima = np.asarray(acts.max(axis=0).todense()).ravel()
-    best = treebank.best_thresholds(acts, words.labels, maxima)[0]
+    best = treebank.best_thresholds(acts, words.labels, np.asarray(acts.max(axis=0).todense()).ravel())[0]
     return np.where(best.max(axis=1) >= LABELLED, best.argmax(axis=1), -1)

@@ -85,9 +85,8 @@ class GoldWords:
                 continue
             _, seed, index = cache.document(doc).doc_id.split("/")
             gold = micro_italiano.document(int(index), seed=int(seed))
-            starts = np.array([word.start for word in gold.words])
             # A token belongs to the word that its last character lies in.
-            place = np.searchsorted(starts, ends[positions]) - 1
+            place = np.searchsorted([word.start for word in gold.words], ends[positions]) - 1
             self.word_of_position[positions] = len(self.doc_of_word) + place
             self.doc_of_word += [doc] * len(gold.words)
             for word in gold.words:
@@ -125,8 +124,9 @@ def _labels(labels: dict[str, str], constructions: Sequence[str], register: str)
     return [*found, ("register", f"register={register}")]
 
 
-def gold_table(cache: FeatureCache) -> list[GoldResult]:
+def gold_table(cache: FeatureCache | str | Path) -> list[GoldResult]:
     """Return the best latent for every gold label with enough words, sorted by category and F1; [] for other corpora."""
+    cache = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     if cache.manifest.corpus != MICRO_ITALIANO:
         return []
     words = GoldWords(cache)
@@ -141,8 +141,8 @@ def gold_table(cache: FeatureCache) -> list[GoldResult]:
     latents = f1.argmax(axis=0)
     threshold = threshold[latents, np.arange(len(columns))]
     said = firing(acts[report][:, latents], threshold * maxima[latents])
-    every = detection_counts(said, labels[report][:, columns])
-    counts = np.diagonal(every, axis1=1, axis2=2)  # of each label's own latent
+    # of each label's own latent
+    counts = np.diagonal(detection_counts(said, labels[report][:, columns]), axis1=1, axis2=2)
     names = [list(words.names)[column] for column in columns]
     rows = zip(names, n_report[columns].astype(int), latents, threshold, *counts, strict=True)
     results = [GoldResult(label, kind, *(number.item() for number in row)) for (kind, label), *row in rows]
@@ -298,8 +298,7 @@ def examples_in(cache: Any, n: int = 100) -> dict[str, float]:
     """
     numbers = np.unique(np.linspace(0, cache.n_documents - 1, n).astype(int)).tolist()
     texts = [text for text in (cache.document(i).text for i in numbers) if len(text) >= MIN_ITALIAN_CHARS]
-    counts = Counter(map(language_of, texts))
-    return {name: count / len(texts) for name, count in counts.most_common()}
+    return {name: count / len(texts) for name, count in Counter(map(language_of, texts)).most_common()}
 
 
 # --- parallel text ------------------------------------------------------------------------------------------------------------

@@ -8,16 +8,17 @@ Ablation is that of Cunningham et al. 2023, section 5.2: the activation x is low
 until the latent is inactive ("less than rank-one"): x' = x - t f with the least t >= 0 for which it does not fire.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_italian.autointerp.places import piece_texts
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import UsageError, check_whole
 from sae_italian.base.pace import Pace
 from sae_italian.base.report import table
 from sae_italian.corpora.packing import special_mask
@@ -43,6 +44,22 @@ def edit_hooks(sae: Any, model: Any) -> tuple[str, str]:
             "each token. Use an SAE with none."
         )
     return hooks_of(sae)
+
+
+def one_place(saes: Mapping[str, Any], model: Any) -> str:
+    """Return the hook that all SAEs, by name, write at. Raises: UsageError for no names or several hooks, and as `edit_hooks`."""
+    hooks = {name: edit_hooks(sae, model)[1] for name, sae in named(saes).items()}
+    if len(set(hooks.values())) > 1:
+        places = ", ".join(f"{name} writes at {hook}" for name, hook in hooks.items())
+        raise UsageError(f"{places}; these compare at one place only. Give SAEs of one hook.")
+    return next(iter(hooks.values()))
+
+
+def named(saes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return SAEs by name as they are given. Raises: UsageError for none, and for one or a list without names."""
+    if not isinstance(saes, Mapping) or not saes:
+        raise UsageError(f"no SAE was given by name, as {{'mine': sae}}, but a {type(saes).__name__}.")
+    return saes
 
 
 def codes(sae: Any, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
@@ -168,13 +185,14 @@ class _Prompt:
 
 
 @torch.no_grad()
-def ablate(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, top: int = 10) -> Ablated:
-    """Return the tokens whose logits move most when the latent is ablated, for each position where it is active.
+def ablate(model: Any, tokenizer: Any, sae: Any, prompt: str, latent: int, top: int | None = 10) -> Ablated:
+    """Return the `top` tokens whose logits move most (None: all) when the latent is ablated, by position where it is active.
 
     The least t of the module's x' = x - t f is found by bisection. A transcoder, which reads elsewhere, has its whole
     contribution taken away. Each position is ablated by itself, all as one batch.
     Raises: UsageError for an unknown latent, an empty or too long prompt, and as `edit_hooks`.
     """
+    check_whole(1, top=top)
     start = _Prompt(model, tokenizer, sae, prompt, latent)
     active = start.activation.nonzero()[:, 0]
     texts, activations = token_text(tokenizer, start.tokens[0].tolist()), start.activation.tolist()
@@ -219,10 +237,10 @@ def _silencing(
 
 
 def _moves(
-    tokenizer: Any, logit: Tensor, log_prob: Tensor, prob: Tensor, top: int, *, rising: bool
+    tokenizer: Any, logit: Tensor, log_prob: Tensor, prob: Tensor, top: int | None, *, rising: bool
 ) -> tuple[TokenMove, ...]:
     """Return the tokens whose logits rise (or fall) most, the largest change first; all tensors are [vocab]."""
-    ids = logit.topk(min(top, len(logit)), largest=rising).indices.tolist()
+    ids = logit.argsort(descending=rising, stable=True)[:top].tolist()
     moves = (
         TokenMove(text, i, float(logit[i]), float(log_prob[i]), float(prob[i]))
         for i, text in zip(ids, token_text(tokenizer, ids), strict=True)
@@ -286,9 +304,11 @@ def steer(
     at the model's EOS.
     Raises: UsageError for an unknown latent, no strengths, an empty or too long prompt, and as `edit_hooks`.
     """
-    every = [0.0, *map(float, strengths)]
-    if len(every) == 1 or not sum(map(abs, every)) < float("inf") or n_new_tokens < 1 or not temperature >= 0:
-        raise UsageError("steering needs at least one finite strength, one new token, a temperature of 0 or more.")
+    every = [0.0, *map(float, np.ravel(strengths))]
+    if len(every) == 1 or not np.isfinite([*every, unit]).all() or n_new_tokens < 1 or not temperature >= 0:
+        raise UsageError(
+            "steering needs at least one finite strength, a finite unit, one new token, a temperature from 0 on."
+        )
     start = _Prompt(model, tokenizer, sae, prompt, latent, n_new_tokens)
     added = torch.tensor(every, device=model.device)[:, None, None] * unit * start.direction
     last = torch.full((len(added),), start.tokens.shape[1] - 1, device=added.device)

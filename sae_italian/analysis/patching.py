@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_italian.analysis.latent import edit_hooks, written_directions
+from sae_italian.analysis.latent import edit_hooks, one_place, written_directions
 from sae_italian.analysis.treebank import encode_words
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import Pace, one_of, paced
@@ -29,7 +29,7 @@ from sae_italian.base.statistics import Estimate, mean_interval
 from sae_italian.models.activations import begun_at, check_context, entry_and_edit, logits_at, read_many, replaced
 
 BATCH_ROWS = 128
-BATCH_LOGITS = 2**23  # of a batch, so that a large vocabulary neither fills the memory nor makes steps of minutes
+BATCH_LOGITS = 2**23  # of a batch: a large vocabulary must neither fill the memory nor make steps of minutes
 LEAST_ROWS = 16  # of a guessed path after wrong guesses
 TOP = 20
 REACHED = (0.5, 0.1)  # of the KL without any patch
@@ -93,7 +93,7 @@ class Patcher:
         before, after = (encode_words(self.sae, x[differ]) for x in (base, target))
         found = (after - before).tocsc()
         candidates = np.flatnonzero(np.diff(found.indptr))
-        diff = torch.zeros(*differ.shape, len(candidates))
+        diff = torch.zeros(*differ.shape, len(candidates), dtype=torch.float32)
         diff[differ] = torch.from_numpy(found[:, candidates].toarray())
         return torch.from_numpy(candidates), diff.to(self.model.device)
 
@@ -173,13 +173,12 @@ class _State:
     """The patched set: what it adds to each pair, each pair's KL, and every KL measured so far that still holds."""
 
     def __init__(self, patcher: Patcher):
-        self.patcher = patcher
-        self.delta = patcher.delta()
+        self.patcher, self.delta = patcher, patcher.delta()
         self.kl = patcher.patched_kl().cpu()
         self.rise = patcher.attribution(self.delta)  # of the mean KL when one is taken out, as last seen
         self.rows = [column.nonzero()[:, 0] for column in patcher.in_play.T]  # pairs in which it differs
         # KL with the candidate taken out; NaN where that was not measured since the pair changed
-        self.without = torch.full(patcher.in_play.shape, torch.nan)
+        self.without = torch.full_like(patcher.in_play, torch.nan, dtype=self.kl.dtype)
         self.removed: list[int] = []
 
     def change(self, column: int) -> float:
@@ -347,18 +346,16 @@ def patch_saes(
     """Return what patching each named dictionary does on the pairs (`IoiPair`, or tuples of base and counterfactual).
 
     Anything with SAELens' `encode`, `decode` and `cfg` is a dictionary: SAEs, and the baselines of `saes.baselines`.
-    Raises: UsageError when there is none, when they do not write at the same hook, and as `patch_inputs`.
+    Raises: UsageError for thresholds that are none or not above 0, and as `one_place` and `patch_inputs`.
     """
-    if not saes:
-        raise UsageError("there is no SAE to patch. Give at least one.")
-    hooks = {name: edit_hooks(sae, model)[1] for name, sae in saes.items()}
-    if len(set(hooks.values())) > 1:
-        places = ", ".join(f"{name} writes at {hook}" for name, hook in hooks.items())
-        raise UsageError(f"{places}; edits compare at one place only. Give SAEs of one hook.")
+    one_place(saes, model)
+    steps: Any = np.unique(np.asarray(thresholds, dtype=float))  # rising, each once
+    if not (steps.size and steps.min() > 0):
+        raise UsageError(f"thresholds is {thresholds!r}; numbers above 0, in nats, were expected.")
     inputs, curves = patch_inputs(tokenizer, model, pairs), []
     for number, (name, sae) in enumerate(saes.items()):
         with one_of(len(saes) - number):
-            curves.append(_curve(name, Patcher(model, sae, inputs), thresholds, seed))
+            curves.append(_curve(name, Patcher(model, sae, inputs), steps.tolist(), seed))
     return Patching(len(inputs.base), curves)
 
 

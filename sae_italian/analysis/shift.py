@@ -23,14 +23,7 @@ from sae_italian.corpora import Reader, Split, iter_documents, pack
 from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
 from sae_italian.corpora.rows import MICRO_ITALIANO, local_shards
 from sae_italian.corpora.stream import check_corpus, mixture
-from sae_italian.evaluation.evaluate import (
-    STATISTICS,
-    TOKENS_PER_BATCH,
-    TokenSums,
-    Windows,
-    measure,
-    windows_until,
-)
+from sae_italian.evaluation.evaluate import STATISTICS, TOKENS_PER_BATCH, TokenSums, Windows, measure, windows_until
 from sae_italian.models.activations import check_context
 from sae_italian.saes import check_fits, hooks_of
 

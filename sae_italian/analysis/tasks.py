@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_italian import micro_italiano
-from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.errors import DataError, UsageError, check_whole, nearest
 from sae_italian.base.pace import paced
 from sae_italian.base.report import INK, OURS, REFERENCE, svg
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
@@ -184,6 +184,7 @@ def ioi_pairs(
     Every name has `n_name_tokens` tokens (None: any number, the same within a pair), and the three names of a pair differ
     in their first token. Raises: UsageError when too few names are so, saying how many have how many tokens.
     """
+    check_whole(1, n=n)
     words = words or default_words()
     groups = _groups(tokenizer, words, n_name_tokens)
     return [_ioi_pair(tokenizer, words, groups, Random(f"ioi/{seed}/{i}"), i) for i in range(n)]
@@ -193,7 +194,7 @@ def _groups(tokenizer: Any, words: IoiWords, wanted: int | None) -> list[tuple[s
     """Return (gender, names) with at least three names each, all of one length in tokens and told apart by the first."""
     every = [(gender, name) for gender, names in words.names.items() for name in names]
     tokens = {name: name_tokens(tokenizer, name, words.language) for _, name in every}
-    groups: dict[tuple[str, int], dict[int, str]] = {}  # gender and length: the first name with each first token
+    groups: dict[tuple[str, int], dict[int, str]] = {}  # gender and length: the first of each first token
     for gender, name in every:
         if wanted in (None, len(tokens[name])):
             groups.setdefault((gender, len(tokens[name])), {}).setdefault(tokens[name][0], name)

@@ -22,6 +22,7 @@ from sae_italian import micro_italiano
 from sae_italian.analysis.latent import codes
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import paced
+from sae_italian.base.storage import path_of
 from sae_italian.corpora.packing import bos_id, tokenise
 from sae_italian.corpora.stream import MICRO_ITALIANO, is_held_out
 from sae_italian.models.activations import read_activations
@@ -69,7 +70,7 @@ def read_treebank(path: str | Path) -> Treebank:
     """
     if str(path) == MICRO_ITALIANO:
         return micro_treebank(MICRO_DOCUMENTS)
-    path = path if (path := Path(path)).exists() else next(iter(path.parent.glob(f"UD_Italian-{path.name}")), path)
+    path = path if (path := path_of(path)).exists() else next(iter(path.parent.glob(f"UD_Italian-{path.name}")), path)
     files = sorted(path.glob("*.conllu")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         what = "holds no file ending in .conllu" if path.is_dir() else "does not exist"
@@ -156,8 +157,7 @@ def _row(where: str, line: str) -> tuple[range, str, str, Word]:
         if not (name and value):
             raise DataError(f"{where}: feature {name!r} is not of the form Name=Value.")
     space = "" if "SpaceAfter=No" in misc.split("|") else " "
-    labels = _labels(upos, {name: value for name, _, value in pairs})
-    alone = Word(0, 0, labels, (tuple(columns),))
+    alone = Word(0, 0, _labels(upos, {name: value for name, _, value in pairs}), (tuple(columns),))
     return ids, form, space, alone if len(ids) == 1 else Word(0, 0, frozenset())
 
 

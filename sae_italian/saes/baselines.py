@@ -138,18 +138,19 @@ def random_twin(sae: Any, seed: int = 0, activations: Callable[[], Rows] | None 
         twin.W_dec.copy_(tied if d_out == d_in else _directions(d_sae, d_out, generator))
         if hasattr(sae.cfg, "k"):
             twin.b_enc.zero_()
+        elif activations is None:
+            raise UsageError(
+                f"the random twin of a {sae.cfg.architecture()} SAE is calibrated on activations; none are given."
+            )
         else:
-            if activations is None:
-                raise UsageError(
-                    f"the random twin of a {sae.cfg.architecture()} SAE is calibrated on activations; none are given."
-                )
             _fire_alike(twin, sae, activations())
     twin.cfg.metadata.random_twin_of = weights_hash(sae)
     return twin
 
 
 def _directions(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-    return torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=-1)
+    rows = torch.randn(n, d, generator=generator, dtype=torch.float32)  # the same ones under any default
+    return torch.nn.functional.normalize(rows, dim=-1)
 
 
 def _fire_alike(twin: Any, sae: Any, x: Rows) -> None:
@@ -240,7 +241,7 @@ def _ica(sample: Rows, _sae: Any, seed: int) -> Directions:
         raise UsageError(
             f"the activations span fewer than {sample.shape[1]} dimensions, so ICA cannot whiten them. Leave out ica."
         )
-    ica: Any = FastICA(whiten="unit-variance", random_state=seed, max_iter=200, tol=1e-3)
+    ica: Any = FastICA(whiten="unit-variance", random_state=seed % 2**32, max_iter=200, tol=1e-3)
     converged = _converges(ica, sample)
     unmixing, mixing, mean = (torch.tensor(each).float() for each in (ica.components_, ica.mixing_, ica.mean_))
     return unmixing.T, mixing.T, mean, converged
@@ -255,7 +256,7 @@ def _nmf(sample: Rows, sae: Any, seed: int) -> Directions:
             "Leave out nmf."
         )
     n: Any = sample.shape[1]
-    nmf: Any = MiniBatchNMF(n_components=n, init="nndsvda", max_iter=200, random_state=seed)
+    nmf: Any = MiniBatchNMF(n_components=n, init="nndsvda", max_iter=200, random_state=seed % 2**32)
     converged = _converges(nmf, sample)
     components = torch.tensor(nmf.components_).float()
     return torch.linalg.pinv(components), components, torch.zeros(n), converged

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import atomic_path
+from sae_italian.base.storage import atomic_path, path_of
 
 CHUNK = 256  # tokens encoded at once: 65,536 latents of them are 67 MB
 
@@ -108,7 +108,6 @@ def save_sae(sae: Any, out: str | Path) -> Path:
 
 def check_free(out: str | Path) -> Path:
     """Return the folder if nothing would be overwritten in it. Raises: UsageError otherwise."""
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if (out := path_of(out)).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already and not empty. Give another --out.")
     return out

@@ -31,6 +31,7 @@ CHECK_EVERY = 5  # of the documents: every fifth checks the thresholds that the 
 SWEEPS = 4  # over all latents; twice as many explain less than 0.01 more
 TILTS = (0.0, 0.3, -0.3)  # what a sweep may take off a latent, times the token's own level
 PRIOR = 5  # firings for which a latent's gain is 1
+NOTED = ("l0", "explained_variance", "dead")  # of an export, before and after
 BLOCK = 128  # latents whose pre-activations are held at once, for all tokens
 Thresholds = Literal["calibrated", "one"]
 
@@ -83,21 +84,16 @@ def to_jumprelu(
     folded.fold_W_dec_norm()
     if thresholds == "calibrated" and theta > 0:  # 0: all positive latents fire, and they are fewer than k
         calibrate(folded, x[~checks], y[~checks], sae.cfg.k)
-    before, after = (fit(each, x[checks], y[checks]) for each in (raw, folded))
+    fits = {end: fit(each, x[checks], y[checks]) for end, each in (("_before", raw), ("", folded))}
     folded.cfg.metadata.jumprelu_export = {
         "thresholds": thresholds,
         "threshold": theta if thresholds == "one" else folded.threshold.median().item(),
         "k": sae.cfg.k,
         "n_tokens": int((~checks).sum()),
         "n_tokens_checked": int(checks.sum()),
-        "l0_before": before.l0,
-        "l0": after.l0,
-        "explained_variance_before": before.explained_variance,
-        "explained_variance": after.explained_variance,
-        "dead": after.dead,
-        "dead_before": before.dead,
+        **{name + end: getattr(found, name) for end, found in fits.items() for name in NOTED},
     }
-    folded.cfg.metadata.l0 = after.l0
+    folded.cfg.metadata.l0 = fits[""].l0
     return folded
 
 
@@ -134,8 +130,7 @@ def _with_threshold(sae: Any, theta: float) -> Any:
     transcoder = "jumprelu_skip_transcoder" if skips else "jumprelu_transcoder"
     values["architecture"] = "jumprelu" if architecture == "topk" else transcoder
     values["metadata"] = {**sae.cfg.metadata.to_dict(), "k": values.pop("k"), "exported_from": architecture}
-    jumprelu = SAE.from_dict(values)
-    norm = sae.W_dec.norm(dim=-1).clamp(min=1e-8)
+    jumprelu, norm = SAE.from_dict(values), sae.W_dec.norm(dim=-1).clamp(min=1e-8)
     state["threshold"] = theta / norm if rescaled else torch.full_like(norm, theta)
     jumprelu.load_state_dict(state)
     return jumprelu.eval()
@@ -153,7 +148,7 @@ def calibrate(sae: Any, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "token
     """
     x, y = x.to(sae.device, torch.float32), y.to(sae.device, torch.float32)
     search = _Search(sae, x, y, k)
-    price = sae.threshold.pow(2).mean().item()  # what a firing at the threshold is worth, nothing overlapping
+    price = sae.threshold.pow(2).mean().item()  # worth of a firing at the threshold, nothing overlapping
     generator = torch.Generator().manual_seed(0)
     for _ in range(SWEEPS):
         blocks = torch.randperm(sae.cfg.d_sae, generator=generator).to(sae.device).split(BLOCK)

@@ -113,7 +113,7 @@ def full_name(sae: Any) -> str:
     """Return the name under which an SAE is remembered: a folder's whole path, or release:sae_id as given."""
     if not isinstance(sae, str | Path):
         return "in memory"
-    return str(Path(sae).resolve()) if Path(sae).is_dir() else str(sae)
+    return str(folder.resolve()) if (folder := path_of(sae)).is_dir() else str(sae)
 
 
 def weights_hash(sae: Any) -> str:

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 DENSE_ABOVE = 1 / 32  # k / n from which dense products win, measured on CPU at d 1152
 BLOCKS_FROM = 16  # d_sae / k from which two small top-k are faster than one
-CHUNK_ELEMENTS = 2**24  # of a scratch matrix [some rows, n]: 64 MiB in float32; fewer rows slow the product down
+CHUNK_ELEMENTS = 2**24  # of a scratch matrix [some rows, n]: 64 MiB in float32; fewer rows slow the product
 
 
 def encode_rows(
@@ -263,8 +263,7 @@ def row_dots(indices: Tensor, rows: Tensor, other: Tensor) -> Tensor:
 
 def latent_sums(weights: Tensor, indices: Tensor, other: Tensor, n: int) -> Tensor:
     """Return [n, d]: for each latent the sum, over the tokens that kept it, of weight times row of `other`."""
-    k = indices.shape[1]
-    out = other.new_zeros(n, other.shape[1])
+    k, out = indices.shape[1], other.new_zeros(n, other.shape[1])
     if k > DENSE_ABOVE * n:
         for part in chunks(len(indices), n):
             out.addmm_(_scattered(weights[part], indices[part], out).T, other[part])

@@ -86,6 +86,11 @@ def test_a_top_k_needs_no_activations_and_others_say_so(topk_sae, rows):
     twin = random_twin(topk_sae, 0, lambda: pytest.fail("they were asked for"))
     assert firing_counts(twin, rows[0][:200]).sum() == firing_counts(topk_sae, rows[0][:200]).sum()
     assert torch.equal(twin.W_enc, twin.W_dec.T) and not twin.b_enc.any()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(random_twin(topk_sae, 0).W_enc, twin.W_enc)  # another control was drawn
+    finally:
+        torch.set_default_dtype(torch.float32)
     with pytest.raises(UsageError, match="twin of a standard SAE is calibrated on activations; none are given"):
         random_twin(trained("standard", rows[0]))
 

@@ -174,6 +174,19 @@ def test_the_report_holds_every_curve_and_is_the_same_each_time(mini, topk_sae, 
     assert len(thresholds()) == 50 and thresholds()[0] == pytest.approx(1e-5) and thresholds()[-1] == pytest.approx(1)
 
 
+def test_thresholds_rise_and_the_default_kind_of_numbers_changes_nothing(mini, topk_sae, pairs):
+    def told(thresholds):
+        return patch_saes(mini, mini.tokenizer, {"a": topk_sae}, pairs[:2], thresholds=thresholds).as_dict()
+
+    rising = told((0.1, 0.5))
+    assert told([0.5, 0.1, 0.5]) == rising
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert told((0.1, 0.5))["curves"][0]["order"] == rising["curves"][0]["order"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_an_sae_that_is_dead_patches_nothing(mini, topk_sae, pairs):
     dead = copy.deepcopy(topk_sae)
     torch.nn.init.zeros_(dead.W_enc)
@@ -188,7 +201,13 @@ def test_bad_input_is_refused_in_one_line(mini, topk_sae, pairs):
     other.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
     cases = [
         ({"saes": {"a": topk_sae, "b": other}, "pairs": pairs}, "a writes at blocks.2.*b writes at blocks.1"),
-        ({"saes": {}, "pairs": pairs}, "no SAE"),
+        ({"saes": {}, "pairs": pairs}, "no SAE was given by name"),
+        ({"saes": topk_sae, "pairs": pairs}, "by name, as {'mine': sae}, but a TopKSAE"),
+        ({"saes": [topk_sae], "pairs": pairs}, "by name, as {'mine': sae}, but a list"),
+        *(
+            ({"saes": {"a": topk_sae}, "pairs": pairs, "thresholds": none}, "thresholds is .*numbers above 0")
+            for none in ([], [-1.0], [0.1, float("nan")])
+        ),
         ({"saes": {"a": topk_sae}, "pairs": []}, "no pairs"),
         ({"saes": {"a": topk_sae}, "pairs": [("Marta ha dato a", "La nonna ha dato a")]}, "both need as many"),
     ]

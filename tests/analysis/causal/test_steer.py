@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -162,20 +163,30 @@ def test_a_silent_latent_has_no_positions(mini, identity_sae):
         ((PROMPT, "1", [1.0]), "latent is '1'; expected a whole number"),
         ((PROMPT, 1, []), "at least one finite strength"),
         ((PROMPT, 1, [1.0, float("inf")]), "at least one finite strength"),
+        *(((PROMPT, 1, [1.0], 8, unit), "a finite unit") for unit in (float("nan"), float("inf"))),
         ((PROMPT, 1, [1.0], 0), "one new token"),
         (("  ", 1, [1.0]), "prompt is empty"),
         ((PROMPT, 1, [1.0], 10_000), "positions"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(mini, topk_sae, arguments, said):
+    *arguments, unit = arguments if len(arguments) == 5 else (*arguments, 1.0)
     with pytest.raises(UsageError, match=said) as error:
-        steer(mini, mini.tokenizer, topk_sae, *arguments)
+        steer(mini, mini.tokenizer, topk_sae, *arguments, unit=unit)
     assert "\n" not in str(error.value)
 
 
-def test_strengths_may_be_an_array(mini, topk_sae):
-    found = steer(mini, mini.tokenizer, topk_sae, PROMPT, 1, torch.tensor([1.0, 2.0]).numpy(), 1)
-    assert [each.strength for each in found.steered] == [1.0, 2.0]
+def test_as_many_tokens_are_shown_as_are_asked_for(mini, identity_sae):
+    few, every = (ablate(mini, mini.tokenizer, identity_sae, PROMPT, 5, top).positions[0] for top in (2, None))
+    assert few.raised == every.raised[:2] and len(every.raised) + len(every.lowered) > 0.9 * mini.config.vocab_size
+    with pytest.raises(UsageError, match="top is -1; it must be 1 or more"):
+        ablate(mini, mini.tokenizer, identity_sae, PROMPT, 5, -1)
+
+
+def test_strengths_may_be_an_array_or_one_number(mini, topk_sae):
+    for strengths, told in ((np.array([1.0, 2.0]), [1.0, 2.0]), (4.0, [4.0]), ("48", [48.0])):  # one text, two digits
+        found = steer(mini, mini.tokenizer, topk_sae, PROMPT, 1, strengths, 1)
+        assert [each.strength for each in found.steered] == told
 
 
 def test_an_sae_that_writes_no_fixed_direction_is_refused(mini, topk_sae):

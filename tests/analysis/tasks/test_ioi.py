@@ -109,6 +109,7 @@ def test_names_of_several_tokens_are_as_many_within_a_pair(tokenizer):
         ({}, {"n_name_tokens": 9}, "names by number of tokens: .* of 1: Marco.*: name_tokens=N or name_tokens=any"),
         ({"names": {"Masc": ("Luca", "Marco")}}, {}, "needs 3 names of one gender"),
         ({"names": {}}, {}, "number of tokens: none"),
+        ({}, {"n": 0}, "n is 0; it must be 1 or more"),
         ({"templates": ("{s} ha visto {a} con {b}, «{a}» a",)}, {}, "differ in more than the tokens of a name"),
     ],
 )
