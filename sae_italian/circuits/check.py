@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_italian.analysis.latent import codes, special
+from sae_italian.base.errors import check_whole
 from sae_italian.base.labels import Language, label
 from sae_italian.base.pace import paced, progress, time_bound
 from sae_italian.base.report import OURS, REFERENCE, shown, svg, table
@@ -71,8 +72,7 @@ def random_graph(
     model: Any, transcoders: Sequence[Any], graph: Graph, *, batch: int | None = None, seed: int = 0
 ) -> tuple[list[Any], Graph]:
     """Return random twins of the transcoders, and the graph of the same prompt, as large, that they make: the control."""
-    reads = Prompt(model, transcoders, graph.prompt).read().values()
-    both = zip(transcoders, reads, strict=True)
+    both = zip(transcoders, Prompt(model, transcoders, graph.prompt).read().values(), strict=True)
     twins = [random_twin(sae, seed, lambda sae=sae, x=x: x[1:].to(sae.dtype)) for sae, x in both]
     logits = graph.nodes.index[graph.of_kind("logit")].tolist()
     how: dict[str, Any] = {"logits": logits, "against": graph.against, "batch": batch}
@@ -94,6 +94,7 @@ def check(
     Those looked at are the `n_latents` most influential ones, and as many at random; REPLAYED of them by constrained
     patching too. `control` is what `random_graph` returned, where it is at hand. Raises: UsageError as `attribute`.
     """
+    check_whole(0, n_latents=n_latents, seed=seed)
     twins, other = control or random_graph(model, transcoders, graph, seed=seed)
     prompt, twin = (Prompt(model, saes, graph.prompt) for saes in (transcoders, twins))
     mine = _agreements(prompt, graph, n_latents, seed, "")
@@ -229,7 +230,7 @@ def examine_set(
     silent = special(windows, model.tokenizer)
     layers, twins = [], {}
     hooks = [hook for sae in by_layer.values() for hook in hooks_of(sae)]
-    parts = [read_many(model, tokens, hooks) for tokens in windows.split(WINDOWS)]  # one pass for all layers
+    parts = [read_many(model, tokens, hooks) for tokens in windows.split(WINDOWS)]  # one pass for all
     for layer, sae in sorted(by_layer.items()):
         x, y = (torch.cat([part.pop(hook) for part in parts])[~silent].to(sae.dtype) for hook in hooks_of(sae))
         found = fit(sae, x, y)._asdict()
@@ -238,8 +239,7 @@ def examine_set(
     ways, losses = ({}, by_layer, twins, dict.fromkeys(by_layer)), []
     size = max(1, LOGITS // (context * model.config.vocab_size))
     for some in paced(torch.arange(len(windows)).split(size), "losses", len(windows), "window", size=len):
-        found = [_losses(model, windows[some], silent[some], way) for way in ways]
-        losses.append(torch.stack(found, dim=1))
+        losses.append(torch.stack([_losses(model, windows[some], silent[some], way) for way in ways], 1))
     loss = torch.cat(losses).double().numpy()  # [tokens, ways]
     doc = np.concatenate([block.doc for block in blocks])[_counted(silent).cpu().numpy()][: len(loss)]
     sums = by_document(doc, [loss, np.ones(len(loss))])[1]  # the windows of a document are alike
@@ -294,7 +294,6 @@ def with_transcoders(model: Any, by_layer: Mapping[int, Any], silent: Bool[Tenso
     with ExitStack() as stack:
         for layer, sae in by_layer.items():
             if sae is not None:
-                keep = partial(reads.__setitem__, layer)
-                stack.enter_context(replaced(model, sae.cfg.metadata.hook_name, keep))
+                stack.enter_context(replaced(model, hooks_of(sae)[0], partial(reads.__setitem__, layer)))
             stack.enter_context(replaced(model, f"blocks.{layer}.hook_mlp_out", partial(write, layer, sae)))
         yield

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_italian.analysis.latent import codes, edit_hooks, special, token_text, written_directions
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import UsageError, check_whole
 from sae_italian.base.pace import Pace, is_bounded
-from sae_italian.base.storage import read_json, write_json
+from sae_italian.base.storage import path_of, read_json, write_json
 from sae_italian.circuits.graph import ROWS_AT_ONCE, Graph, Nodes, influence, joined, nodes_of
 from sae_italian.circuits.linear import Linear, Targets
 from sae_italian.models.activations import check_context, read_many
@@ -196,6 +196,7 @@ def attribute(
     kept in it, and a graph of the same model, transcoders and prompt that was interrupted goes on there.
     Raises: UsageError for more active latents than the memory holds, and as `Prompt` and `Linear`.
     """
+    check_whole(1, batch=batch, max_nodes=max_nodes, n_logits=np.array(logits, dtype=object).size)
     rows, n_layers = _Rows(Prompt(model, transcoders, prompt), batch, against), model.config.num_hidden_layers
     final = rows.reads[n_layers]
     ends = _logit_nodes(model, final[0], logits, against)
@@ -240,16 +241,15 @@ def _logit_nodes(
     cap = getattr(model.config, "final_logit_softcapping", None)
     probability = (torch.tanh(logits / cap) * cap if cap else logits).softmax(-1)
     top, likeliest = probability.topk(min(MOST_LOGITS, len(probability)))
-    ids = likeliest[: int((top.cumsum(0) < COVERED).sum()) + 1].tolist() if wanted is None else list(wanted)
-    if unknown := [i for i in (*ids, against or 0) if not 0 <= i < len(probability)]:
+    likeliest = likeliest[: int((top.cumsum(0) < COVERED).sum()) + 1]
+    ids = list(dict.fromkeys(np.ravel(likeliest.tolist() if wanted is None else wanted).tolist()))
+    if unknown := [i for i in (*ids, against or 0) if i not in range(len(probability))]:
         raise UsageError(f"token {unknown[0]} does not exist; the model has tokens 0 to {len(probability) - 1}.")
     texts = token_text(model.tokenizer, ids)
     if against is not None:
         other = token_text(model.tokenizer, [against])[0].strip()
         if against in ids:
-            raise UsageError(
-                f"the token {other!r} is explained less itself, which leaves nothing. Give another against it."
-            )
+            raise UsageError(f"the token {other!r} is explained less itself, which is nothing. Give another.")
         texts = [f"{text} − {other}" for text in texts]
     place = model.config.num_hidden_layers, len(final) - 1
     return nodes_of("logit", *place, ids, probability[ids].tolist(), texts)
@@ -271,7 +271,7 @@ def _kept(
     if folder is None:
         yield np.zeros(shape, dtype=kind), state, lambda: None
         return
-    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+    (folder := path_of(folder)).mkdir(parents=True, exist_ok=True)
     digest = sha256(repr(("from the end", shape, *asked)).encode())
     for tensor in tensors:
         digest.update(_array(tensor).tobytes())
@@ -304,8 +304,7 @@ def _visited(
     most, batch, over = len(weights) - len(logits), rows.batch, False
 
     def known() -> Graph:
-        targets = np.array([*visited, *logits])
-        return replace(graph, targets=targets, weights=weights[most - len(visited) :])
+        return replace(graph, targets=np.array([*visited, *logits]), weights=weights[most - len(visited) :])
 
     for at in range(0, 0 if visited else len(logits), batch):
         rows(graph.nodes[logits[at : at + batch]], weights[most + at :][:batch])

@@ -23,7 +23,8 @@ from zipfile import BadZipFile
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_italian.base.storage import read_json, understood, write_json
+from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import path_of, read_json, understood, write_json
 
 NODE_SHARE, EDGE_SHARE = 0.8, 0.98  # of all influence, kept when a graph is pruned
 ROWS_AT_ONCE = 256  # of the edges that are weighed together, so that no copy of all is made
@@ -105,17 +106,18 @@ class Graph:
 
     def save(self, folder: str | Path) -> None:
         """Write graph.npz and graph.json; nothing is pickled."""
-        (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+        (folder := path_of(folder)).mkdir(parents=True, exist_ok=True)
         np.savez_compressed(folder / "graph.npz", targets=self.targets, weights=self.weights, own=self.own)
         told = {name: getattr(self, name) for name in ("prompt", "model", "tokens", "n_layers", "n_active", "against")}
         write_json(folder / "graph.json", {"kind": "graph", **told, "nodes": self.nodes.tolist()})
 
     @classmethod
     def load(cls, folder: str | Path) -> Graph:
-        """Read what `save` wrote. Raises: DataError where the folder holds no graph."""
+        """Read what `save` wrote, by its folder or one of the two files. Raises: DataError where there is no graph."""
+        folder = folder.parent if (folder := path_of(folder)).is_file() else folder
         with understood(folder, "Make it with `sae-italian graph`.", OSError, RuntimeError, BadZipFile, zlib.error):
-            told = read_json(Path(folder) / "graph.json")
-            arrays = np.load(Path(folder) / "graph.npz", allow_pickle=False)
+            told = read_json(folder / "graph.json")
+            arrays = np.load(folder / "graph.npz", allow_pickle=False)
             del told["kind"]
             told["tokens"] = tuple(told["tokens"])
             told["nodes"] = np.array([tuple(node) for node in told["nodes"]], dtype=NODE).view(np.recarray)
@@ -175,8 +177,10 @@ def prune(graph: Graph, node_share: float = NODE_SHARE, edge_share: float = EDGE
 
     The most influential latents and errors stay until they hold `node_share` of all influence, input tokens and logits
     always; then edges, by share of their target's influence, until `edge_share`. A latent left without an edge in or out
-    goes, and an error without an edge out.
+    goes, and an error without an edge out. Raises: UsageError for shares outside 0 to 1.
     """
+    if not (0 <= node_share <= 1 and 0 <= edge_share <= 1):
+        raise UsageError(f"node_share {node_share} and edge_share {edge_share} must be shares, 0 to 1.")
     keep = (_largest(influence(graph), node_share) | graph.of_kind("embedding", "logit")) & graph.decided
     small = graph.only(keep)
     weights, size, reached = small.weights, np.abs(small.weights), influence(small) + _importance(small)

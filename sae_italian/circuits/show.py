@@ -145,8 +145,7 @@ def neuronpedia(graph: Graph, slug: str, labels: Labels | None = None, node_shar
     """
     keep, small = prune(graph, node_share)
     ids = [id_of(node, graph.n_layers) for node in small.nodes]
-    cumulative = standing(influence(graph))[keep].tolist()
-    told = zip(ids, small.nodes, cumulative, strict=True)
+    told = zip(ids, small.nodes, standing(influence(graph))[keep].tolist(), strict=True)
     nodes = [_node(id_, node, share, graph.n_layers, labels or {}) for id_, node, share in told]
     edges = zip(*(column.tolist() for column in small.edges()), strict=True)
     links = [{"source": ids[source], "target": ids[target], "weight": weight} for target, source, weight in edges]

@@ -125,8 +125,7 @@ def study(
     Raises: UsageError for a case that the model's tokens do not allow, and as `attribute`.
     """
     cases, feature = cases_of(case, model, n, seed), CASES.get(case, "") if _embedded(model) else ""
-    carrying: list[Any] = []
-    rows = []
+    carrying, rows = [], []
     for one in paced(cases, "graphs", len(cases), "prompt"):
         wanted: dict[str, Any] = {"logits": [one.right], "against": one.wrong, "memory": memory}
         with time_bound():  # a prompt's graph is whole; the time ends the study between prompts
@@ -136,8 +135,7 @@ def study(
         prompts = [Prompt(model, saes, one.prompt) for saes in (transcoders, twins)]
         carrying = carrying or [carriers(model, each.by_layer, feature) if feature else {} for each in prompts]
         sides = zip(prompts, (graph, other), (checked.graph, checked.random), carrying, strict=True)
-        numbers = [_numbers(one, *side) for side in sides]
-        rows.append({"prompt": one.prompt, "numbers": numbers})
+        rows.append({"prompt": one.prompt, "numbers": [_numbers(one, *side) for side in sides]})
     return Study(case, rows)
 
 
@@ -237,9 +235,9 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
         raise UsageError(f"{case!r} is no case and no file. The cases: {', '.join(CASES)}; a file has a prompt a line.")
     found: dict[str, Case] = {}  # by prompt: no two of them are one prompt with other answers
     for base, other, *words in _texts(case, model, n, seed):
-        lengths = {len(model.tokenizer(text).input_ids) for text in (base, other)}
+        one, two = (len(model.tokenizer(text).input_ids) for text in (base, other))
         right, wrong = (model.tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in words)
-        if len(lengths) == 1 and right != wrong:
+        if one == two and right != wrong:
             found.setdefault(base, Case(base, other, right, wrong))
     if len(found) < n:
         raise UsageError(f"{case}: {len(found)} different prompts suit this model's tokens, {n} wanted. Ask for fewer.")

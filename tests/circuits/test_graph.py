@@ -9,7 +9,7 @@ from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Trans
 
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import time_bound
-from sae_italian.circuits.check import random_graph
+from sae_italian.circuits.check import check, random_graph
 from sae_italian.circuits.edges import Prompt, _Rows, attribute
 from sae_italian.circuits.graph import NODE, Graph, influence, joined, nodes_of, prune, scores
 from sae_italian.circuits.linear import Linear, Targets
@@ -332,13 +332,17 @@ def test_what_was_not_visited_counts_as_an_error():
     assert scores(Graph("p", "m", ("t",), 1, nodes, np.array([2]), weights, weights.sum(1), 4)) == (1 / 4, 1 / 4, 0)
 
 
-def test_a_graph_comes_back_as_it_was_written(mistral, tmp_path):
+def test_a_graph_comes_back_as_it_was_written(mistral, tmp_path, monkeypatch):
 
     graph = attribute(mistral, [random_transcoder(1)], "ciao")
     graph.save(tmp_path)
     back = Graph.load(tmp_path)
     graph.save(str(tmp_path / "text"))
-    assert len(Graph.load(str(tmp_path / "text")).nodes) == len(graph.nodes)
+    for written in ("text", "text/graph.npz", "text/graph.json"):
+        assert len(Graph.load(str(tmp_path / written)).nodes) == len(graph.nodes)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    graph.save("~/home")
+    assert (tmp_path / "home" / "graph.npz").is_file() and len(Graph.load("~/home").nodes) == len(graph.nodes)
     assert (back.nodes == graph.nodes).all() and (back.weights == graph.weights).all() and back.tokens == graph.tokens
     (tmp_path / "graph.npz").write_bytes(b"")
     with pytest.raises(DataError, match="cannot be read .* Make it with `sae-italian graph`"):
@@ -352,8 +356,23 @@ def test_what_is_no_graph_is_refused(mistral):
         attribute(mistral, [random_transcoder(0)], "c" * 70)
     with pytest.raises(UsageError, match="two transcoders"):
         attribute(mistral, [random_transcoder(0), random_transcoder(0)], "ciao")
-    with pytest.raises(UsageError, match="token 97"):
-        attribute(mistral, [random_transcoder(0)], "ciao", logits=[97])
+    for wrong, said in (
+        ({"logits": [97]}, "token 97"),
+        ({"logits": "casa"}, "token casa does not exist"),
+        ({"logits": []}, "n_logits is 0"),
+        ({"batch": -1}, "batch is -1; it must be 1 or more"),
+        ({"max_nodes": -1}, "max_nodes is -1"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            attribute(mistral, [random_transcoder(0)], "ciao", **wrong)
+    graph = attribute(mistral, [random_transcoder(0)], "ciao", logits=[5, 5])
+    assert graph.of_kind("logit").sum() == 1
+    assert attribute(mistral, [random_transcoder(0)], "ciao", logits=5).own == pytest.approx(graph.own)
+    for shares in ((80,), (0.8, float("nan"))):  # percents pruned nothing
+        with pytest.raises(UsageError, match="must be shares, 0 to 1"):
+            prune(graph, *shares)
+    with pytest.raises(UsageError, match="n_latents is -1"):
+        check(mistral, [random_transcoder(0)], graph, n_latents=-1)
     with pytest.raises(UsageError, match="less itself"):
         attribute(mistral, [random_transcoder(0)], "ciao", logits=[5], against=5)
     mistral.original_model = None  # what a bridge has
@@ -524,8 +543,9 @@ def test_an_interrupted_graph_goes_on_where_it_was(mistral, tmp_path, monkeypatc
         real(self, nodes, out)
 
     monkeypatch.setattr(edges._Rows, "__call__", dying)
+    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path)
+        attribute(mistral, saes, "ciao bella", batch=4, resume="~")
     assert {file.name for file in tmp_path.iterdir()} == {"rows.partial", "visited.json"}
     calls[:] = [0] * 100
     again = attribute(mistral, saes, "ciao bella", batch=4, resume=tmp_path)
