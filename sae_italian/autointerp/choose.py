@@ -85,7 +85,7 @@ class RuleExplainer:
             if tree is not None and (whole := val.with_threshold(tree)).worth > _most(found).worth:
                 found += val.told_of_tree(whole.rule)
         best = _most(found or [lookup]).rule
-        if isinstance(best, KeyRule) and best.family in ("token", "word"):  # say what often stands beside these
+        if isinstance(best, KeyRule) and best.family in ("token", "word"):  # say what is often beside them
             beside = {"after": counts.frequent("previous-word"), "before": counts.frequent("next")}
             best = replace(best, notes={where: name for where, name in beside.items() if name})
         return best, lookup.rule, counts, val
@@ -212,8 +212,7 @@ def best_threshold(
     accuracy = (tpr + 1 - fpr) / 2
     best = int(np.argmax(accuracy))
     # halfway down to the next lower strength, so that unseen segments near the edge are not lost
-    lower = options[best - 1] if best else 0.0
-    return float((options[best] + lower) / 2), float(accuracy[best])
+    return float((options[best] + (options[best - 1] if best else 0.0)) / 2), float(accuracy[best])
 
 
 # --- fitting to the training documents ---------------------------------------------------------------------------------
@@ -275,8 +274,7 @@ def fit_tree(
     from sklearn import config_context
     from sklearn.tree import DecisionTreeRegressor
 
-    rules = [rule for rule in rules if len(rule.keys)]
-    truth = values > 0
+    rules, truth = [rule for rule in rules if len(rule.keys)], values > 0
     if not rules or truth.all() or not truth.any():
         return None
     features = np.stack([rule.holds(view) for rule in rules], axis=1).astype(np.float32)
@@ -285,12 +283,11 @@ def fit_tree(
     kept = np.concatenate([np.flatnonzero(truth), silent])
     weight = np.where(truth[kept], 1 / n_active, 1 / len(silent))  # both classes weigh the same
     # of yes and no the variance is half of Gini's impurity: the same tree, without the classifier's checks of its classes
-    tree = DecisionTreeRegressor(max_depth=DEPTH, min_samples_leaf=LEAST_LEAF, random_state=seed)
+    tree = DecisionTreeRegressor(max_depth=DEPTH, min_samples_leaf=LEAST_LEAF, random_state=seed % 2**32)
     wanted = truth[kept, None].astype(np.float64)
     with config_context(skip_parameter_validation=True):
         tree.fit(features[kept], wanted, sample_weight=weight, check_input=False)
-    leaf = tree.tree_.apply(features)
-    paths = []
+    leaf, paths = tree.tree_.apply(features), []
     for node, held, failed in sorted(_leaves(tree.tree_)):
         here = leaf == node
         active, total, mass = int(truth[here].sum()), int(here.sum()), float(values[here].sum())

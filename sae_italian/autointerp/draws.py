@@ -83,8 +83,7 @@ class ExampleSource:
         self.cache, self.neighbours, self.seed = cache, neighbours or {}, seed
         self.width = min(width, cache.manifest.context_size)  # no segment is longer
         segments = cache.segments(width)
-        long_enough = segments.length >= MIN_LENGTH
-        self.start, self.length, self.doc = (array[long_enough] for array in segments)
+        self.start, self.length, self.doc = (array[segments.length >= MIN_LENGTH] for array in segments)
         self.bucket = self.length // LENGTH_STEP
         self.tokens = cache.tokens.astype(np.int64)
         self.vocab = int(self.tokens.max()) + 1  # ids that the text has

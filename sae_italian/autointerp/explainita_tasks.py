@@ -61,8 +61,7 @@ def predict(
     def answer(latent: Latent) -> tuple[str, tuple[Any, int]]:
         return latent.id, _explained(latent, explainer, language) if task == 1 else _judged(latent, judge)
 
-    concurrency = getattr(explainer if task == 1 else judge, "concurrency", 1)
-    under_way = in_threads(answer, latents, concurrency)
+    under_way = in_threads(answer, latents, getattr(explainer if task == 1 else judge, "concurrency", 1))
     done = list(progress("predict", under_way, total=len(latents), unit="latent"))
     return {name: given for name, (given, _) in done}, sum(failed for _, (_, failed) in done)
 

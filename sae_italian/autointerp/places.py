@@ -53,8 +53,7 @@ class Places:
         begins = np.where(self.new_word, np.arange(len(self.new_word), dtype=np.int32), 0)
         self.start_of_word: Int[np.ndarray, " positions"] = np.maximum.accumulate(begins)
         word, self.words = self._words_so_far()
-        ends = np.append(self.new_word[1:], True)
-        key = (word.astype(np.int64) * self.vocab + source.tokens) * 2 + ends
+        key = (word.astype(np.int64) * self.vocab + source.tokens) * 2 + np.append(self.new_word[1:], True)
         known, form = np.unique(key, return_inverse=True)
         self.form: Int[np.ndarray, " positions_and_none"] = np.append(form, -1).astype(np.int32)
         self.form_token = known // 2 % self.vocab
@@ -99,8 +98,8 @@ class Places:
                 if numbers[i] == len(behind):
                     behind.append(text)
             word[here] = numbers[index]
-        words = [_WORD_END.search(text.decode("utf-8", "replace").strip())[0] for text in behind]  # pyright: ignore[reportOptionalSubscript]
-        return word, words
+        ends = (_WORD_END.search(text.decode("utf-8", "replace").strip()) for text in behind)
+        return word, [end[0] for end in ends if end]  # each has one, which may be empty
 
     # --- families ------------------------------------------------------------------------------------------------
 
@@ -118,13 +117,9 @@ class Places:
         texts |= {"shape": [shape_of(word) for word in whole], "clitic": [enclitic(word) for word in lower]}
         token = np.append(self.form_token, -1).astype(np.int32), []
         tables = {"token": token} | {family: _numbered(own) for family, own in texts.items()}
-        beside = {
-            "previous": ("previous", token),
-            "previous-word": ("word-before", tables["word"]),
-            "next": ("next", token),
-        }
         found = {family: _FamilyTable("here", *table) for family, table in tables.items()}
-        return found | {family: _FamilyTable(slot, *table) for family, (slot, table) in beside.items()}
+        word = {"previous-word": _FamilyTable("word-before", *tables["word"])}
+        return found | {"previous": _FamilyTable("previous", *token)} | word | {"next": _FamilyTable("next", *token)}
 
     @cached_property
     def chains(self) -> dict[Family, Int[np.ndarray, " positions"]]:
@@ -203,7 +198,7 @@ class View:
     ) -> Float[np.ndarray, "n width"]:
         """Return the value of the key at each position, 0 for keys that have none and where there is no key."""
         at = self.keys(family)
-        with self.places.lock:  # one table a family, cleared after use: far quicker than a search for each place
+        with self.places.lock:  # one table a family, cleared after use: quicker than a search for each place
             table = self.places.scratch[family]
             table[keys] = values
             found = table[at]

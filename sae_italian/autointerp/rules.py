@@ -99,8 +99,7 @@ class KeyRule(LatentRule):
         return (self,)
 
     def take(self, told: Numbers) -> KeyRule:
-        there = np.array(told, dtype=np.int64)
-        arrays = {name: getattr(self, name)[there] for name in _ARRAYS}
+        arrays = {name: getattr(self, name)[np.array(told, dtype=np.int64)] for name in _ARRAYS}
         return replace(self, **arrays, names=[self.names[i] for i in told], told=tuple(range(len(told))))
 
     def at(self, view: View, what: Value) -> Float[np.ndarray, "n width"]:

@@ -16,9 +16,9 @@ from sae_italian.autointerp.examples import RULE, Explainer, Judge, LatentExampl
 from sae_italian.autointerp.scorers import Asked, score_rows
 from sae_italian.autointerp.store import NO_ANSWER, Explanation, Row, Store
 from sae_italian.autointerp.work import SHUFFLED, AutointerpConfig, Trio, Work, cache_identity, do_batch, stored_config
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import UsageError, check_whole
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import locked
+from sae_italian.base.storage import locked, path_of
 from sae_italian.base.units import in_threads, map_units
 from sae_italian.cache import FeatureCache, build_cache
 from sae_italian.evaluation.diagnosis import activations
@@ -33,7 +33,7 @@ _BATCH = 16  # latents that are worked out and stored together
 
 
 def run_autointerp(
-    cache: FeatureCache,
+    cache: FeatureCache | str | Path,
     tokenizer: Any,
     config: AutointerpConfig | None = None,
     *,
@@ -44,7 +44,7 @@ def run_autointerp(
     workers: int = 1,
     run_units: Callable[..., Iterator[Any]] | None = None,
 ) -> Path:
-    """Explain and score the latents of a cache with rules and the rule judge; return the store's path.
+    """Explain and score the latents of a cache, open or by its folder, with rules and the rule judge; return the store's path.
 
     `explainers` and `judges` come on top of these: every judge answers for every one of the explainers (for the rules'
     texts when there are none), on the same examples. `sae` gives the decoder neighbours where the cache does not know
@@ -55,8 +55,8 @@ def run_autointerp(
     Raises: UsageError when the tokenizer is not the cache's, the store belongs to another cache or configuration, or
     another process works in its folder.
     """
-    config = config or AutointerpConfig()
-    store = Path(store or cache.folder / STORE_FILE)
+    cache = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
+    config, store = config or AutointerpConfig(), path_of(store or cache.folder / STORE_FILE)
     work = Work(cache, tokenizer, config, sae)
     with locked(store.parent), Store(store, cache_identity(cache) | asdict(config)) as opened:
         run = Run(work, opened)
@@ -184,6 +184,7 @@ def score_with_models(
     Raises: UsageError when the store belongs to another cache, the tokenizer is not the cache's, or the explainer
     explained nothing.
     """
+    check_whole(1, latents=latents)
     with Store(store, cache_identity(cache)) as opened:
         if not any(known.status == "ok" for known in opened.explanations(explainer).values()):
             known = ", ".join(opened.explainers()) or "none"

@@ -170,8 +170,7 @@ class Store:
         """Return the latents whose explanations by this explainer the judge has judged, but those its endpoint failed on."""
         own = "SELECT latent FROM {} WHERE judge = ? AND explanation_id IN (SELECT id FROM explanation WHERE explainer = ?)"
         sets = f"{own.format('score')} UNION {own.format('judgement')} EXCEPT {own.format('judgement')} AND said = ?"
-        found = self.connection.execute(sets, 3 * (judge, explainer) + (UNANSWERED,))
-        return {latent for (latent,) in found}
+        return {row[0] for row in self.connection.execute(sets, 3 * (judge, explainer) + (UNANSWERED,))}
 
     def add_scores(self, rows: Iterable[Row], falls: Iterable[Row] = (), judgements: Iterable[Row] = ()) -> None:
         """Add rows of `score` (all but the `split`), of `falls` and of `judgement`; a judge's on missing answers give way.
@@ -274,9 +273,8 @@ def connect(path: Path, *, durable: bool = False, forget: bool = False) -> sqlit
         # NORMAL loses no commit when the process is killed, but may when the power fails
         connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
         connection.execute("BEGIN IMMEDIATE")
-        found = _tables_of(connection, path, carry_over=forget)
-        for name, kind in found.items() if forget else ():
-            if name != "call":
+        for name, kind in _tables_of(connection, path, carry_over=forget).items():
+            if forget and name != "call":
                 connection.execute(f"DROP {kind} {name}")
         for statement in Path(__file__).with_name("store.sql").read_text("utf-8").split("\n\n"):
             connection.execute(statement)

@@ -22,12 +22,12 @@ from sae_italian.autointerp.scorers.budget import BUDGETS, SOURCE
 from sae_italian.autointerp.scorers.simulation import RANDOM, TOP
 from sae_italian.autointerp.store import JSON_COLUMNS, NOW, TABLES, Store, json_of
 from sae_italian.autointerp.work import SHUFFLED, TITLE, WHOLE, stored_config
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.labels import label
 from sae_italian.base.report import plain, shown, table
 from sae_italian.base.statistics import NOTHING, Estimate, correlation, reaches, two_way_mean, wilson
-from sae_italian.base.storage import atomic_path, write_text
+from sae_italian.base.storage import atomic_path, path_of, write_text
 from sae_italian.cache.layout import MANIFEST, Manifest
 
 GOOD = 0.8  # balanced accuracy from which a latent counts as detected
@@ -90,18 +90,26 @@ class AutointerpSummary:
 
 def _opened(path: str | Path) -> Store:
     """Return a store that is there; an older one gets the tables it lacks."""
-    if not Path(path).is_file():
+    if not (path := path_of(path)).is_file():
         raise UsageError(f"{path} does not exist: run `sae-italian autointerp` on the cache first.")
-    return Store(Path(path), {})
+    return Store(path, {})
 
 
 def summarise(path: str | Path, *, explainer: str = EXPLAINER, judge: str = RULE) -> AutointerpSummary:
-    """Return a store's summary for one explainer and judge (default: rules, rule judge). Raises: UsageError without one."""
+    """Return a store's summary for one explainer and judge (default: rules, rule judge).
+
+    Raises: UsageError without a store, and for an explainer or a judge that it knows nothing of.
+    """
     with _opened(path) as store:
+        judges = [told for who, told in store.judged() if who == explainer]
         statuses = [explanation.status for explanation in store.explanations(explainer).values()]
+        if (known := store.explainers()) and not statuses:
+            raise UsageError(f"{path} has no explanations by {explainer!r}. {nearest(explainer, known)}")
         enough = len(statuses) >= ENOUGH or stored_config(store).latents is None
         own, lookup = _Scores(store, explainer, judge), _Scores(store, LOOKUP, RULE)
         always = {f"always_{answer}": _Scores(store, EXPLAINER, f"always-{answer}") for answer in ("yes", "no")}
+    if judges and not own.found:
+        raise UsageError(f"{path} has no scores of {explainer} by {judge!r}. {nearest(judge, judges)}")
     detected, looked_up = own.values("detection"), lookup.values("detection")
     better = {latent for latent, lo in own.values("detection", "", GAIN, end=1).items() if lo > 0}
     # not told from the lookup where the interval of the gain reaches below 0
@@ -162,8 +170,7 @@ class _Scores:
 
     def mean(self, *name: str, control: str = "", lookup: _Scores | None = None) -> Estimate:
         """Return the mean over latents with its interval over latents and documents, or that of the gain over `lookup`."""
-        gain = (*_whole(*name)[:2], GAIN)
-        found = self.values(*(gain if lookup else name), control=control)
+        found = self.values(*((*_whole(*name)[:2], GAIN) if lookup else name), control=control)
         falls = self.without(found, *name, control=control)
         if lookup is not None:
             falls -= lookup.without(found, *name)

@@ -248,8 +248,7 @@ def fitting_kinds(counts: Counts, family: Family) -> list[str]:
     on_words = np.zeros(len(total))
     on_words[tally.keys] = tally.active
     active, total = of_word.T @ on_words, of_word.T @ total
-    f1 = 2 * active / (total + counts.n)
-    order = np.argsort(-f1, kind="stable")[: 4 * TRIED].tolist()
+    order = np.argsort(-2 * active / (total + counts.n), kind="stable")[: 4 * TRIED].tolist()  # by F1
     return [names[i] for i in order if active[i] and title_of_kind(family, names[i], "it")][:TRIED]
 
 

@@ -32,7 +32,7 @@ from sae_italian.autointerp.places import Places
 from sae_italian.autointerp.scorers import Asked, score_rows
 from sae_italian.autointerp.scorers.binary import HEADLINE
 from sae_italian.autointerp.store import NOW, Explanation, Row, Store
-from sae_italian.base.errors import DataError, SaeItalianError, UsageError
+from sae_italian.base.errors import DataError, SaeItalianError, check_whole
 from sae_italian.base.storage import fingerprint, utc_now
 from sae_italian.cache import FeatureCache
 from sae_italian.cache.passages import LatentActivations
@@ -43,7 +43,7 @@ TITLE = "title"  # the score of the latent's title, where the explanation's own 
 WHOLE = "whole rule"  # the rule as it was fitted, of which the explanation displays a part
 LEAST_POSITIVES = (10, 5, 10)  # segments of train, val and test
 
-Trio = tuple[Explanation, Explanation, Explanation | None]  # a latent's own, its lookup's, and another latent's
+Trio = tuple[Explanation, Explanation, Explanation | None]  # of a latent, its lookup, another latent
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ class AutointerpConfig:
     """Seed of every random draw."""
 
     def __post_init__(self) -> None:
-        for name, least in (("width", MIN_LENGTH), ("n_examples", LEAST_PAIRS), ("latents", 0), ("seed", 0)):
-            if (number := getattr(self, name)) is not None and number < least:
-                raise UsageError(f"{name} is {number}; expected {least} or more.")
+        for name, least in (("width", MIN_LENGTH), ("n_examples", LEAST_PAIRS), ("latents", 1), ("seed", 0)):
+            if (number := getattr(self, name)) is not None:
+                check_whole(least, **{name: number})
+                object.__setattr__(self, name, int(number))  # NumPy's numbers are none of JSON
 
 
 def stored_config(store: Store) -> AutointerpConfig:

@@ -54,8 +54,7 @@ def _baselines(job: Reproduction, results: Results) -> dict[str, Any]:
     """Set each SAE beside its baselines."""
     given = {field.name: job.budget[field.name] for field in fields(Settings) if field.name in job.budget}
     given["kinds"] = tuple(given["kinds"])
-    settings = Settings(**given)
-    layers = []
+    settings, layers = Settings(**given), []
     for entry in results["saes"]["saes"]:
         folder, out = entry["folder"], job.out / "baselines" / f"L{entry['layer']}"
         layers.append(compare_layer(load_sae(folder), job.subject, out, settings, sae_name=full_name(folder)))
@@ -106,8 +105,7 @@ def _variant(job: Reproduction, entry: dict[str, Any], factor: float, ratio: flo
 
 def _sparsity(job: Reproduction, results: Results) -> dict[str, Any]:
     """Train the middle layer's SAE with other L1 coefficients: L0, FVU, dead latents, perplexity (figure 6)."""
-    entry = middle(results)
-    points = []
+    entry, points = middle(results), []
     for factor in sorted([*job.budget["l1"], 1.0]):
         coefficient = job.values(1)["sae"]["l1_coefficient"] * factor
         folder = _variant(job, entry, factor, RATIO)
@@ -121,8 +119,7 @@ def _sparsity(job: Reproduction, results: Results) -> dict[str, Any]:
 
 def _ratios(job: Reproduction, results: Results) -> dict[str, Any]:
     """Score the middle layer's SAE at other widths (figures 8 and 16)."""
-    entry = middle(results)
-    rows = []
+    entry, rows = middle(results), []
     for ratio in sorted([*job.budget["ratios"], RATIO]):
         name = f"L{entry['layer']}-{ratio:g}x"
         sae = load_sae(_variant(job, entry, 1.0, ratio))

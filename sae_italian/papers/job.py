@@ -212,11 +212,8 @@ def _done(name: str, step: Step, job: Reproduction, results: Results) -> dict[st
 # --- the papers ------------------------------------------------------------------------------------------------------
 
 
-_NO_DEFAULT = {
-    "layer": int | None,
-    "layers": list[int] | None,
-    "start": str | None,
-}  # types of the budget's keys that are null
+# types of the budget's keys that are null
+_NO_DEFAULT = {"layer": int | None, "layers": list[int] | None, "start": str | None}
 Words = dict[str, str]  # en, it
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
 from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
 from sae_italian.autointerp.store import Store
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import UsageError, check_whole
 from sae_italian.base.pace import progress
 from sae_italian.base.report import plain
-from sae_italian.base.storage import claimed, remove, write_json, write_text
+from sae_italian.base.storage import claimed, path_of, remove, write_json, write_text
 from sae_italian.cache import FeatureCache, build_caches
 from sae_italian.cache.passages import marked
 from sae_italian.corpora.packing import NO_DOCUMENT
@@ -34,7 +34,7 @@ from sae_italian.models import parse_hook_name
 from sae_italian.papers.job import Reproduction, Subject, kept, open_subject
 from sae_italian.papers.report import SHARED, baselines_svg, dictionary_name, section_of, shown
 from sae_italian.saes import check_fits, full_name, load_sae, weights_hash
-from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, fit_baselines, rescaled, with_top_k
+from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, check_kinds, fit_baselines, rescaled, with_top_k
 from sae_italian.saes.fit import fit
 from sae_italian.training import ActivationStream
 from sae_italian.training.text import documents_of
@@ -161,8 +161,7 @@ def curves(dictionaries: dict[str, Any], subject: Subject, n_tokens: int) -> dic
 # --- an SAE beside its baselines -------------------------------------------------------------------------------------
 
 
-KIND = "baselines"
-SAE = "sae"
+KIND, SAE = "baselines", "sae"
 BATCH = 2048  # activations that baselines are fitted on at a time
 _CARD = (
     *("d_sae", "l0", "explained_variance", "explained_variance_uncentred"),
@@ -189,6 +188,11 @@ class Settings:
     """Latents scored in each dictionary."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_kinds(self.kinds)
+        check_whole(0, seed=self.seed)
+        check_whole(1, **{name: size for name, size in vars(self).items() if name not in ("kinds", "seed")})
+
 
 def compare_baselines(
     saes: Sequence[str | Path],
@@ -207,13 +211,14 @@ def compare_baselines(
     The baselines are kept in `out/<n>/dictionaries` as SAELens SAEs, with their evaluation cards.
     Raises: UsageError for SAEs of different models, and as the steps do.
     """
-    loaded = list(map(load_sae, saes))
+    if not (loaded := list(map(load_sae, saes))):
+        raise UsageError("there is no SAE to compare with its baselines. Give at least one.")
     read: dict[str, Any] = {"corpus": corpus, "text_column": text_column, "context_size": context_size}
     named = {str(sae.cfg.metadata.model_name or "") for sae in loaded}
     if model is None and len(named) > 1:
         raise UsageError(f"the SAEs belong to different models: {', '.join(sorted(named))}. Compare those of one.")
     subject = open_subject(model, sae=loaded[0], **read)
-    out, settings = Path(out), settings or Settings()
+    out, settings = path_of(out), settings or Settings()
     names = [full_name(sae) for sae in saes]
     spec = {**subject._asdict(), **asdict(settings), "saes": [weights_hash(sae) for sae in loaded]}
     del spec["model"]

@@ -70,8 +70,7 @@ def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[s
     of a list.
     """
     spec = SHARED[described] if isinstance(described, str) else described
-    parts = lookup(result, spec["each"]) if "each" in spec else [result]
-    return [_table_of(spec, part) for part in parts]
+    return [_table_of(spec, part) for part in (lookup(result, spec["each"]) if "each" in spec else [result])]
 
 
 def _table_of(spec: dict[str, Any], part: Any) -> str:
@@ -97,8 +96,7 @@ def lookup(results: Any, path: str) -> Any:
     """
     for i, key in enumerate(parts := path.split(".") if path else []):
         if key == "*":
-            rest = ".".join(parts[i + 1 :])
-            return [lookup(item, rest) for item in results or ()]
+            return [lookup(item, ".".join(parts[i + 1 :])) for item in results or ()]
         try:
             results = results[int(key)] if isinstance(results, list) else results[key]
         except (KeyError, IndexError, TypeError, ValueError):

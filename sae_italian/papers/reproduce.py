@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import claimed, write_json
+from sae_italian.base.storage import claimed, path_of, write_json
 from sae_italian.papers import cunningham, llama_scope
 from sae_italian.papers.job import (
     SKIPPED,
@@ -18,16 +18,7 @@ from sae_italian.papers.job import (
     run_steps,
 )
 from sae_italian.papers.measure import card_of, examples, score_sae
-from sae_italian.papers.report import (
-    NOT_DONE,
-    SHARED,
-    Parts,
-    heading,
-    image_of,
-    scores_svg,
-    section_of,
-    write_report,
-)
+from sae_italian.papers.report import NOT_DONE, SHARED, Parts, heading, image_of, scores_svg, section_of, write_report
 from sae_italian.saes import check_fits, full_name, load_sae, weights_hash
 
 # --- Bondielli, Passaro and Lenci (CLiC-it 2025): one TopK SAE, explained and scored, with examples ------------------
@@ -95,7 +86,7 @@ def reproduce(
     SAE's, else to the embedded one. Finished steps lie in `out/steps`, one JSON each; with `resume` they are read.
     Raises: UsageError for an unknown paper or key of the budget, for an SAE that does not fit, and as the steps do.
     """
-    chosen, out = paper(name), Path(out)
+    chosen, out = paper(name), path_of(out)
     budget = chosen.with_budget(*overrides)
     loaded = load_sae(sae) if sae is not None else None
     if loaded is not None and getattr(loaded.cfg.metadata, "hook_name_out", None):

@@ -164,6 +164,8 @@ def test_scores_of_a_cache_rebuilt_since_or_of_nobody_are_refused(planted, mini,
         score_with_models(again, mini.tokenizer, path, [EncoderJudge(bag_of_letters)], latents=2)
     with pytest.raises(UsageError, match="no explanations by 'llm:x'; there are those of: rules, token-lookup"):
         score_with_models(planted, mini.tokenizer, path, [EncoderJudge(bag_of_letters)], latents=2, explainer="llm:x")
+    with pytest.raises(UsageError, match="latents is -1; it must be 1 or more"):  # all but one were scored
+        score_with_models(planted, mini.tokenizer, path, [EncoderJudge(bag_of_letters)], latents=-1)
 
 
 def test_the_command_scores_with_the_subject_model(capsys, planted, store, tmp_path):

@@ -210,14 +210,15 @@ def test_a_cache_rebuilt_since_the_scores_is_refused(planted, mini, tmp_path):
         run_autointerp(again, mini.tokenizer, store=store)
 
 
-def test_a_draw_of_latents_is_live_and_repeats(planted, mini, tmp_path):
-    config = AutointerpConfig(latents=5, seed=4)
+def test_a_draw_of_latents_is_live_and_repeats(planted, mini, tmp_path, monkeypatch):
+    config = AutointerpConfig(latents=5, seed=2**32 + 4)  # more than scikit-learn takes
     explained = []
-    for name in ("a", "b"):
-        with Store(run_autointerp(planted, mini.tokenizer, config, store=tmp_path / name), {}) as opened:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, cache in (("a", planted), ("b", str(planted.folder))):
+        with Store(run_autointerp(cache, mini.tokenizer, config, store=f"~/{name}"), {}) as opened:
             explained.append(sorted(opened.explanations("rules")))
     assert explained[0] == explained[1] and len(explained[0]) == 5 and DEAD not in explained[0]
-    assert not summarise(tmp_path / "a").enough  # five drawn latents do not stand for an SAE
+    assert not summarise("~/a").enough  # five drawn latents do not stand for an SAE
 
 
 # --- explainers and judges that are handed in ------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Scorers by hand: metrics, known judges, simulation, embedding, and the subject model's own scores."""
 
+import json
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -293,10 +294,18 @@ def test_a_latent_with_too_few_negatives_of_every_source_has_no_scores():
     assert found.shares()["balanced_accuracy"].shape == (3, 1, 0) and found.counts() == [[]]
 
 
-@pytest.mark.parametrize(("name", "number", "least"), [("n_examples", 6, 10), ("width", 3, 4), ("latents", -1, 0)])
+@pytest.mark.parametrize(
+    ("name", "number", "least"),
+    [("n_examples", 6, 10), ("width", 3, 4), ("width", float("nan"), 4), ("latents", 0, 1), ("latents", "5", 1)],
+)
 def test_numbers_that_leave_nothing_to_score_are_refused(name, number, least):
-    with pytest.raises(UsageError, match=f"{name} is {number}; expected {least} or more"):
+    with pytest.raises(UsageError, match=f"{name} is {number!r}; it must be {least} or more, a whole number"):
         AutointerpConfig(**{name: number})
+
+
+def test_numbers_of_numpy_are_kept_as_pythons():
+    config = AutointerpConfig(**dict.fromkeys(("width", "latents", "seed"), np.int64(8)))
+    assert json.loads(json.dumps(asdict(config))) == {"width": 8, "n_examples": 50, "latents": 8, "seed": 8}
 
 
 def test_a_paired_comparison_is_sharper_than_two_intervals():

@@ -296,6 +296,12 @@ def test_a_score_of_eight_tenths_counts_whatever_its_last_bit_and_the_share_is_o
     found = summarise(str(tmp_path / "s"))
     with pytest.raises(UsageError, match="missing"):
         summarise(tmp_path / "missing")
+    for wrong, said in (
+        ({"explainer": "rule"}, "no explanations by 'rule'. Did you mean 'rules'"),
+        ({"judge": "nix"}, "no scores of rules by 'nix'. Valid: rule"),
+    ):
+        with pytest.raises(UsageError, match=said):  # were summaries of nothing
+            summarise(tmp_path / "s", **wrong)
     assert not (tmp_path / "missing").exists()  # a name mistyped was an empty store, and was left there
     assert (found.n_latents, found.n_explained, found.n_scored) == (4, 4, 3)
     assert found.share_detected.value == pytest.approx(2 / 3)

@@ -12,7 +12,7 @@ import pytest
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import paced, time_bound
 from sae_italian.cli import main
-from sae_italian.papers import compare_baselines, reproduce
+from sae_italian.papers import Settings, compare_baselines, reproduce
 from sae_italian.papers.job import Reproduction, Subject, open_subject, paper, run_steps
 from sae_italian.papers.reproduce import STEPS
 from sae_italian.saes import load_sae
@@ -233,6 +233,16 @@ def test_bad_input_is_named(tmp_path, trained_sae, identity_sae, jsonl):
     other.save_model(tmp_path / "other")
     with pytest.raises(UsageError, match="belong to different models: another, sae-italian-mini"):
         compare_baselines([trained_sae, tmp_path / "other"], tmp_path / "a")
+    with pytest.raises(UsageError, match="there is no SAE to compare"):
+        compare_baselines([], tmp_path / "a")
+    for wrong, said in (
+        ({"fit_tokens": 0}, "fit_tokens is 0; it must be 1 or more"),
+        ({"card_tokens": "5"}, "card_tokens is '5'"),
+        ({"latents": -1}, "latents is -1"),
+        ({"kinds": ("nix",)}, "baseline 'nix' is unknown"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            Settings(**wrong)
     other.cfg.metadata.hook_name_out = "blocks.2.hook_mlp_out"
     other.save_model(tmp_path / "transcoder")
     with pytest.raises(UsageError, match="is a transcoder"):

@@ -275,8 +275,7 @@ def distributions(
     numbers = list(re.finditer(r"[0-9]{1,9}", lists[-1][0])) if lists else []
     if not lists or [int(number[0]) for number in numbers] != list(values):
         return None
-    starts = np.cumsum([0, *(len(token["token"]) for token in tokens)])
-    found = []
+    starts, found = np.cumsum([0, *(len(token["token"]) for token in tokens)]), []
     for number, value in zip(numbers, values, strict=True):
         place = lists[-1].start() + number.start()
         index = int(np.searchsorted(starts, place, side="right")) - 1

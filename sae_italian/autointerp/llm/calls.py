@@ -214,8 +214,7 @@ class DryClient:
 
     def _one(self, request: Request) -> Reply:
         (key, value), *_ = (request.schema or {})["properties"].items()
-        n = value.get("minItems", 0)
-        constant = self.counter(request.messages[:-1])
+        n, constant = value.get("minItems", 0), self.counter(request.messages[:-1])
         out = OUT_FRAME + OUT_NUMBER * n if n else OUT_EXPLANATION
         most = self.settings.max_output_tokens or request.max_tokens
         took = (constant + self.counter(request.messages[-1:]), constant, out, most)

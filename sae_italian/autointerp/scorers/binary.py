@@ -129,8 +129,7 @@ def ranking_falls(
 
 def left_out(document: Int[np.ndarray, " n"]) -> Float[np.ndarray, "1+groups n"]:
     """Return 1 for the examples that are there: all of them first, then without each group of documents, 0 for the others."""
-    without = document % GROUPS != np.arange(GROUPS)[:, None]
-    return np.concatenate([np.ones((1, len(document))), without])
+    return np.concatenate([np.ones((1, len(document))), document % GROUPS != np.arange(GROUPS)[:, None]])
 
 
 def falls_of(
@@ -214,8 +213,7 @@ class Answers:
             wrongly = yes[:, 1] * (sizes[:, 0] / sizes[:, 1])  # as if of as many negatives as positives
         tables = {"f1": f1_by_document(yes[:, 0], yes[:, 0] + wrongly, n[:, 0])}
         if probability is not None:  # a square lies between 0 and 1, so its mean varies no more than a share would
-            squares = np.where(self.good[number], (self.truth - probability) ** 2, 0.0)
-            errors = self._sums(squares[None])[0]
+            errors = self._sums(np.where(self.good[number], (self.truth - probability) ** 2, 0.0)[None])[0]
             tables["brier"] = mean_of_two(*(shares_by_document(errors[:, side], n[:, side]) for side in (0, 1)))
         found = {name: list(map(Estimate._make, table.T.tolist())) for name, table in tables.items()}
         if probability is not None:
