@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from scipy.special import stdtrit
 from sklearn.linear_model import LogisticRegression
 
-from sae_italian.analysis.latent import edit_hooks
+from sae_italian.analysis.latent import one_place
 from sae_italian.analysis.treebank import (
     Sentence,
     Treebank,
@@ -44,6 +44,7 @@ from sae_italian.base.report import plain, save_result, shown, table
 from sae_italian.base.statistics import LEAST_DOCUMENTS, NOTHING, Estimate
 from sae_italian.benchmark.material import plainly
 from sae_italian.benchmark.probes import f1
+from sae_italian.saes import hooks_of
 
 PARENTS = ("UPOS=AUX", "UPOS=NOUN", "UPOS=ADP", "UPOS=DET", "Gender=Fem", "Gender=Masc", "Number=Plur")
 LEAST_WORDS = 50  # of a form under one parent, and at least a fifth of them in test
@@ -212,14 +213,11 @@ def pairs_of(words: Words, forms: Sequence[str]) -> list[tuple[str, str]]:
 def absorption(saes: Mapping[str, Any], model: Any, treebanks: Sequence[str], *, context_size: int = 128) -> Absorption:
     """Return the absorption of SAEs of one hook on planted hierarchies of the treebanks' words, and what letters allow.
 
-    Raises: UsageError where no form is frequent enough, of a transcoder, and as `edit_hooks`, `read_words` and `encode_words`.
+    Raises: UsageError where no form is frequent enough, of a transcoder, and as `one_place`, `read_words` and `encode_words`.
     """
-    for name, sae in saes.items():
-        hook, written = edit_hooks(sae, model)
-        if hook != written:
-            raise UsageError(
-                f"{name} is a transcoder; absorption compares what a latent reads with what it writes there."
-            )
+    hook = one_place(saes, model)
+    if elsewhere := [name for name, sae in saes.items() if hooks_of(sae)[0] != hook]:
+        raise UsageError(f"{elsewhere[0]} is a transcoder; absorption takes SAEs of one hook.")
     scored: dict[str, list[Absorbed]] = {name: [] for name in saes}
     spelled: dict[str, int] = {}
     l0, n_words = dict.fromkeys(saes, 0.0), 0
@@ -259,8 +257,7 @@ def _dense(words: Words, parent: str) -> _Probe:
     y = words.labels[:, [words.names.index(parent)]].toarray().ravel() > 0
     scale = words.x.std(axis=0) + 1e-6
     model = _logistic(words.x[words.train] / scale, y[words.train], c=0.01)
-    said = model.predict(words.x / scale)
-    direction = model.coef_[0] / scale
+    said, direction = model.predict(words.x / scale), model.coef_[0] / scale
     on_test = float(f1(y[~words.train], said[~words.train]))
     return _Probe(parent, y, direction / np.linalg.norm(direction), said, on_test)
 
@@ -270,12 +267,12 @@ def _scored(sae: Any, acts: Any, words: Words, probe: _Probe, children: Sequence
     rows = sae.W_dec.detach().float().cpu().numpy()
     lengths = np.linalg.norm(rows, axis=1)
     cosine, found = (rows @ probe.unit) / np.maximum(lengths, 1e-12), []
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        lengths = np.ones_like(lengths)  # the activations have them in them
+    # what activations of unit rows are multiplied by; rescaled ones have the lengths in them
+    scale = 1.0 if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else lengths
     for child in children:
         own = words.labels[:, [words.names.index(child)]].toarray().ravel() > 0
         here = np.flatnonzero(own & probe.y & probe.said & ~words.train)
-        both = parts(acts[here].toarray() * lengths, cosine, words.x[here] @ probe.unit, latents)
+        both = parts(acts[here].toarray() * scale, cosine, words.x[here] @ probe.unit, latents)
         fraction, full = (float(each.mean()) if len(here) else float("nan") for each in both)
         form = child.removeprefix("form=")
         found.append(Absorbed(bank, probe.parent, form, fraction, full, len(here), probe.f1, latents, latents_f1))

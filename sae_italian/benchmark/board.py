@@ -83,8 +83,7 @@ class Entry:
 
     def tasks(self, family: str = "") -> Any:
         """Return the problems of a family, or of all where form is not the answer."""
-        asked = self.problems.family == family if family else ~self.problems.marked
-        return self.problems[asked]
+        return self.problems[self.problems.family == family if family else ~self.problems.marked]
 
     def by_task(self, column: str, family: str = "") -> Any:
         """Return a number by task, the mean over its poolings, as a Series."""
@@ -162,7 +161,7 @@ def read_entries(folder: str | Path) -> list[Entry]:
 
     Raises: UsageError when there is none.
     """
-    files = [*Path(folder).glob(SETTINGS)] or sorted(Path(folder).glob(f"*/{SETTINGS}"))
+    files = [*(folder := Path(folder).expanduser()).glob(SETTINGS)] or sorted(folder.glob(f"*/{SETTINGS}"))
     with understood(f"a result in {folder}", "Run that benchmark again with --overwrite.", OSError):
         entries = [entry for file in files for entry in _entries(file.parent, read_json(file))]
         if not entries:
@@ -238,8 +237,7 @@ def _foot(entries: Sequence[Entry]) -> Iterator[str]:
 
 def families(entries: Sequence[Entry]) -> Board:
     """Return the mean AUC at k = 16 and the selectivity by family of tasks."""
-    names = pd.concat([entry.problems.family for entry in entries]).unique()
-    rows = []
+    names, rows = pd.concat([entry.problems.family for entry in entries]).unique(), []
     for entry in entries:
         found = ([entry.estimate(c, family).value for c in ("auc_16", "selectivity")] for family in names)
         rows.append([entry.name, *("-" if auc != auc else f"{auc:.3f} ({less:+.3f})" for auc, less in found)])
@@ -285,7 +283,7 @@ def _notes(told: Mapping[str, Any]) -> Iterator[str]:
         yield both("refused", tasks="; ".join(refused))
 
 
-def leaderboard(folder: Path) -> list[Board]:
+def leaderboard(folder: str | Path) -> list[Board]:
     """Write leaderboard.md and leaderboard.html over all results below a folder; return its tables.
 
     SAEs that were scored on other examples, which depend on all the tasks of a run, stand in a table of their own.
@@ -299,7 +297,7 @@ def leaderboard(folder: Path) -> list[Board]:
     entries = sorted(read_entries(folder), key=examples)  # stable: best first within
     grouped = ((name, headline(list(some))) for name, some in groupby(entries, examples))
     boards = [board._replace(title=f"{board.title}: {name}") for name, board in grouped]
-    _pages(folder / "leaderboard", both("title"), boards)
+    _pages(Path(folder).expanduser() / "leaderboard", both("title"), boards)
     return boards
 
 

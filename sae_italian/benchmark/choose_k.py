@@ -116,8 +116,7 @@ def by_k(trials: Iterable[Mapping[str, Any]]) -> Any:
 @torch.no_grad()
 def projections(sae: Any, x: Float[Tensor, "tokens d_in"]) -> dict[str, float]:
     """Return s_N for N an eighth, a quarter and half of the dictionary: means over batches of tokens."""
-    rows = normalize(sae.W_dec.float(), dim=-1)
-    found = []
+    rows, found = normalize(sae.W_dec.float(), dim=-1), []
     for part in x.split(max(1, BATCH_ELEMENTS // len(rows))):
         projected = ((part.to(rows) - sae.b_dec.float()) @ rows.T).flatten()
         above = (len(rows) // of * len(part) for of in SHARES.values())

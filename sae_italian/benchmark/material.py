@@ -25,11 +25,12 @@ import numpy as np
 from sae_italian import micro_italiano
 from sae_italian.analysis.tasks import agreement_pairs
 from sae_italian.analysis.treebank import FEATURES, Word, read_treebank
-from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.errors import DataError, UsageError, nearest
 from sae_italian.base.storage import read_yaml
 from sae_italian.corpora.catalogue import PREFIX, list_files, open_file
 from sae_italian.corpora.stream import MICRO_ITALIANO, iter_documents
 
+SOURCES = ("ud", "micro", "micro-documents", "texts", "pairs", "lexicon")  # that run offline
 RUN = 20  # sentences of a treebank that count as one document
 MICRO_SEED = 20_000  # of the grammar's documents: no corpus of training has it unless it asks for it
 MICRO_DOCUMENTS, MICRO_BEGINNINGS = 600, 600
@@ -267,16 +268,8 @@ def lexicon_passages(passages: Iterable[Passage]) -> list[Passage]:
 
 
 HubSet = dict[str, Any]
-NO_LAYOUT: HubSet = {
-    "text": [],
-    "choices": [],
-    "answer": "",
-    "first": 0,
-    "span": [],
-    "words": "",
-    "tags": "",
-    "group": "",
-}
+NO_LAYOUT: HubSet = dict.fromkeys(("answer", "words", "tags", "group"), "")
+NO_LAYOUT |= {"text": [], "choices": [], "span": [], "first": 0}
 
 
 def hub_sets() -> dict[str, HubSet]:
@@ -322,9 +315,8 @@ def _of_row(name: str, one: HubSet, row: Mapping[str, Any], group: str, test: bo
         words = [PlacedWord(end - len(w), end, {"tag": str(tag), "form": w}) for w, tag, end in tagged]
         yield Passage(" ".join(row[one["words"]]), group, test, {}, words)
     elif one["choices"]:
-        answer = (
-            str(row.get(one["answer"], one["first"])).strip().upper()
-        )  # the place of the right one, a number or a letter
+        # the place of the right one, a number or a letter
+        answer = str(row.get(one["answer"], one["first"])).strip().upper()
         right = LETTERS.index(answer) if answer in LETTERS else int(answer) - one["first"]
         for i, column in enumerate(one["choices"]):
             if row[column]:
@@ -361,9 +353,11 @@ def gather(
     treebanks: Sequence[str] = (),
     texts: Mapping[str, str] | None = None,
     seed: int = 0,
-    sources: Collection[str] = ("ud", "micro", "micro-documents", "texts", "pairs", "lexicon"),
+    sources: Collection[str] = SOURCES,
 ) -> Material:
     """Return the passages of sources that run offline: treebanks and corpora as they are given, grammar and lists always."""
+    if unknown := [name for name in sources if name not in SOURCES]:
+        raise UsageError(f"source {unknown[0]!r} is unknown. {nearest(unknown[0], SOURCES)}")
     if len(texts or {}) == 1:
         raise UsageError("one corpus has no genres to tell apart; give two or more: --texts NAME=CORPUS NAME=CORPUS.")
     banks, micro = treebank_passages(treebanks), micro_passages()

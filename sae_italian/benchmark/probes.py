@@ -113,8 +113,7 @@ def read_texts(model: Any, hook_name: str, texts: Sequence[str], folder: Path) -
 
 @torch.no_grad()
 def _compute(model: Any, hook_name: str, acts: Activations) -> None:
-    bos = bos_id(model.tokenizer)
-    starts = list(range(0, len(acts.order), PART))
+    bos, starts = bos_id(model.tokenizer), range(0, len(acts.order), PART)
     todo = [(n, first) for n, first in enumerate(starts) if not (acts.folder / f"part-{n:04}.npy").is_file()]
     np.random.default_rng(0).shuffle(todo)  # a time bound leaves texts of all lengths
     for number, first in paced(todo, "activations", len(todo), "part"):
@@ -164,8 +163,7 @@ class Pooling:
                 offset += len(own)
             sizes = np.array([len(tokens) for tokens in read], dtype=np.int64)
             columns = np.fromiter(chain.from_iterable(read), dtype=np.int64)
-            shares = np.repeat(1 / sizes, sizes).astype(np.float32)
-            cells = shares, columns, np.r_[0, sizes.cumsum()]
+            cells = np.repeat(1 / sizes, sizes).astype(np.float32), columns, np.r_[0, sizes.cumsum()]
             self._pools.append(scipy.sparse.csr_array(cells, shape=(len(sizes), offset)))
         self.ids: Int[np.ndarray, "points 2"] = np.array(ids, dtype=np.int64).reshape(-1, 2)  # last token, and its left
 
@@ -230,8 +228,7 @@ def ranked(x: scipy.sparse.csr_array, y: Bool[np.ndarray, " n"], most: int) -> I
     fired = np.maximum(np.asarray(x.count_nonzero(axis=0)).ravel(), 1)
     scale = np.asarray(absolute.sum(axis=0)).ravel() / fired
     weights = y / y.sum() - ~y / (~y).sum()
-    difference = np.abs(np.asarray(weights @ x)).ravel() / (scale + 1e-6)
-    return np.argsort(-difference, kind="stable")[:most]
+    return np.argsort(-np.abs(np.asarray(weights @ x)).ravel() / (scale + 1e-6), kind="stable")[:most]
 
 
 def fitted(x: Any, y: Bool[np.ndarray, " n"], penalty: str = "l1", grid: Sequence[float] = GRID) -> Any:

@@ -16,10 +16,11 @@ import scipy.sparse
 import torch
 from jaxtyping import Float
 
+from sae_italian.analysis.latent import named
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import one_of, paced
 from sae_italian.base.statistics import auroc_of_parts
-from sae_italian.base.storage import claimed, fingerprint, read_json, write_json
+from sae_italian.base.storage import claimed, fingerprint, path_of, read_json, write_json
 from sae_italian.base.units import PROCESSORS, map_units
 from sae_italian.benchmark import probes
 from sae_italian.benchmark.material import Material
@@ -183,7 +184,7 @@ def benchmark(
     SAE and problem; `board.py` reads them. `folder`: resume and overwrite as `claimed`.
     Raises: UsageError for SAEs that do not fit, when no task is left, and as `claimed`.
     """
-    hooks = {name: check_sae(name, sae, model) for name, sae in saes.items()}
+    hooks = {name: check_sae(name, sae, model) for name, sae in named(saes).items()}
     most = QUICK if quick else (TRAIN, TEST)
     planned = plan(material, tasks, most, n_seeds)
     if not planned.problems:
@@ -192,7 +193,7 @@ def benchmark(
     sources = {name: fingerprint([p.text for p in some]) for name, some in material.passages.items()}
     spec = {**model_identity(model), "tasks": [t.id for t in tasks], "seeds": n_seeds, "most": most, "sources": sources}
     table = model.get_input_embeddings().weight.detach().float().cpu().numpy()
-    with claimed(out := Path(out), KIND, spec, **folder):
+    with claimed(out := path_of(out), KIND, spec, **folder):
         earlier = read_json(out / SETTINGS) if (out / SETTINGS).is_file() else {}
         told: dict[str, Any] = {key: earlier.get(key, {}) for key in ("hooks", "saes")}
         for hook in dict.fromkeys(hooks.values()):
@@ -206,9 +207,8 @@ def benchmark(
         for name, sae in saes.items():
             told["saes"][name]["seen"] = contamination(sae, material)
         told["tasks"] = {t.id: t.model_dump(include={"en", "it", "family", "form"}) for t in tasks}
-        told["corpora"] = material.corpora
-        value = {**spec, **told, "n_copies": material.n_copies, "refused": planned.refused}
-        write_json(out / SETTINGS, value)
+        told |= {"corpora": material.corpora, "n_copies": material.n_copies, "refused": planned.refused}
+        write_json(out / SETTINGS, value := {**spec, **told})
     return value
 
 

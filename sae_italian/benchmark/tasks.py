@@ -88,7 +88,9 @@ def hub_tasks() -> list[ProbingTask]:
 
 
 def chosen(tasks: Sequence[ProbingTask], preset: str, names: str) -> list[ProbingTask]:
-    """Return the tasks of a preset, or those named with commas. Raises: UsageError for an unknown name."""
+    """Return the tasks of a preset, or those named with commas. Raises: UsageError for an unknown one."""
+    if preset not in ("quick", "full"):
+        raise UsageError(f"preset {preset!r} is unknown. {nearest(preset, ('quick', 'full'))}")
     if not names:
         return [task for task in tasks if preset == "full" or task.quick]
     known = {task.id: task for task in tasks}
@@ -140,8 +142,7 @@ class SourceTable:
         the sides are kept `apart` (the lemma), a value that is on both goes to one.
         """
         among, positive = (self.holds(rule, task.unit) for rule in (task.among, task.positive))
-        negative = self.holds(task.negative, task.unit) if task.negative else ~positive
-        asked = among & (positive | negative)
+        asked = among & (positive | (self.holds(task.negative, task.unit) if task.negative else ~positive))
         found: Items = self._rows[task.unit][asked].assign(answer=positive[asked])
         found["value"] = [facts.get(task.within, "") for facts in found.facts]
         if task.apart:
@@ -235,12 +236,10 @@ def plan(
     for _, some in sorted(found, key=lambda one: n_balanced(one[1])):
         drawn = np.concatenate(draw(some, 0, some.text.isin(texts).to_numpy(), most))
         texts = list(dict.fromkeys([*texts, *some.text.iloc[drawn]]))
-    number = {text: i for i, text in enumerate(texts)}
-    problems = []
+    number, problems = {text: i for i, text in enumerate(texts)}, []
     for task, some in found:
         read = some[some.text.isin(texts)].reset_index(drop=True)
         read["read"] = read.text.map(number)
-        draws = [draw(read, seed, most=most) for seed in range(n_seeds)]
-        rest = read, draws, float(some.answer.mean())
+        rest = read, [draw(read, seed, most=most) for seed in range(n_seeds)], float(some.answer.mean())
         problems += [Problem(task, pooling, *rest) for pooling in task.problems]
     return Plan(problems, texts, [why for why in short.values() if why])

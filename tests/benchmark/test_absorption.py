@@ -167,6 +167,13 @@ def test_what_reads_and_writes_on_different_scales_is_refused(trained_sae, mini,
         absorption({"toy": sae}, mini, ["micro-italiano"])
 
 
+def test_saes_of_several_hooks_are_refused(trained_sae, mini):
+    one, other = load_sae(trained_sae), load_sae(trained_sae)
+    other.cfg.metadata.hook_name = "blocks.2.hook_resid_post"
+    with pytest.raises(UsageError, match="these compare at one place only"):  # all were read at the last one's hook
+        absorption({"one": one, "other": other}, mini, ["micro-italiano"])
+
+
 def test_the_command_on_the_mini_model(trained_sae, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sae_italian.benchmark.absorption.PARENTS", ("UPOS=AUX",))
     run = ["absorption", str(trained_sae), "--out", str(tmp_path / "a"), "--json"]

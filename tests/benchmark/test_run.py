@@ -201,8 +201,9 @@ def test_activations_of_another_revision_are_refused(scored, mini, identity_sae,
     file = out / "blocks.2.hook_resid_post" / "activations" / "manifest.json"
     held = json.loads(file.read_text())
     file.write_text(json.dumps(held | {"revision": "abc"}))
+    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(DataError, match="revision was 'abc', is now None"):
-        benchmark({"neurons": identity_sae}, mini, some, tasks, out, quick=True, n_seeds=2, resume=True)
+        benchmark({"neurons": identity_sae}, mini, some, tasks, "~/out", quick=True, n_seeds=2, resume=True)
 
 
 def test_saes_that_do_not_belong_are_refused(mini, identity_sae, some, tasks, tmp_path):
@@ -212,6 +213,9 @@ def test_saes_that_do_not_belong_are_refused(mini, identity_sae, some, tasks, tm
     for sae, message in ((other, "trained on 'minerva-350m'"), (transcoder, "is a transcoder")):
         with pytest.raises(UsageError, match=message):
             benchmark({"x": sae}, mini, some, tasks, tmp_path / "out")
+    for unnamed in (identity_sae, [identity_sae]):
+        with pytest.raises(UsageError, match="no SAE was given by name"):
+            benchmark(unnamed, mini, some, tasks, tmp_path / "out")
     with pytest.raises(UsageError, match="no task can be run: too few balanced examples a class; W2"):
         benchmark(
             {"x": identity_sae},
@@ -295,7 +299,7 @@ def test_match_and_majority_are_of_the_frequency_among_all_examples(mini, topk_s
         assert control["majority"] == pytest.approx(max(problem.frequency, 1 - problem.frequency))
 
 
-def test_a_leaderboard_of_a_folder_keeps_other_examples_apart(scored, tmp_path):
+def test_a_leaderboard_of_a_folder_keeps_other_examples_apart(scored, tmp_path, monkeypatch):
     for name in ("a", "b"):
         shutil.copytree(scored[0], tmp_path / "all" / name)
     file = tmp_path / "all" / "b" / "run_settings.json"
@@ -306,6 +310,8 @@ def test_a_leaderboard_of_a_folder_keeps_other_examples_apart(scored, tmp_path):
         boards = leaderboard(tmp_path / "all")
         assert [len(board.rows) for board in boards] == [2, 2]
     assert (tmp_path / "all" / "leaderboard.html").is_file()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert leaderboard("~/all") == boards
     with pytest.raises(UsageError, match="holds no results"):
         leaderboard(tmp_path)
 

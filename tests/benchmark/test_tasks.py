@@ -203,6 +203,11 @@ def test_there_are_fifty_tasks_and_twelve_are_quick():
     }
     with pytest.raises(UsageError, match="'W99' is unknown"):
         chosen(tasks, "quick", "W99")
+    for preset in ("nix", None):  # gave no task, or those of quick
+        with pytest.raises(UsageError, match=f"preset {preset!r} is unknown. Valid: quick, full"):
+            chosen(tasks, preset, "")
+    with pytest.raises(UsageError, match="source 'micros' is unknown. Did you mean 'micro'"):
+        gather(sources=("micros",))
 
 
 def test_a_genre_loses_what_gives_it_away(jsonl, tmp_path):
