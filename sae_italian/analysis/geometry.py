@@ -258,7 +258,7 @@ class Recurrence(NamedTuple):
     curve: dict[str, tuple[float, float]]
     labelled: int  # live latents that detect a label of words (F1 of 0.5 or more)
     same_label: Estimate  # share of these whose partner in another seed has the same label, over all pairs
-    same_label_chance: float  # the same with as many partners, dealt out at random among these latents
+    same_label_chance: float  # the same with as many partners, dealt out at random among the labelled latents
 
     def table(self) -> str:
         """Return the shares as Markdown, and what they say in a sentence."""
