@@ -44,10 +44,8 @@ def quickstart(
     settings = {"cache_tokens": cache_tokens, "card_tokens": card_tokens, "latents": latents}
     with claimed(out, "quickstart", {**spec.model_dump(), **settings}, resume=resume, overwrite=overwrite):
         sae_folder = sae_italian.train(spec, out / "sae", resume=(out / "sae").is_dir())
-        model, sae = (
-            sae_italian.load_model(spec.model, device=spec.device),
-            sae_italian.load_sae(sae_folder, device=spec.device),
-        )
+        model = sae_italian.load_model(spec.model, device=spec.device)
+        sae = sae_italian.load_sae(sae_folder, device=spec.device)
         text = {"n_tokens": cache_tokens, "split": "heldout", "text_column": spec.text_column}
         kept = {"sae_name": str(sae_folder.resolve()), "resume": (out / "cache").is_dir()}
         sae_italian.build_cache(sae, model, spec.corpus, out / "cache", **text, **kept)
@@ -147,7 +145,6 @@ def table_of(results: dict[str, Any]) -> str:
 
 def _number(estimate: dict[str, float | None] | None) -> tuple[str, str]:
     """Return a number and its interval, each empty where it was not measured."""
-    value, lo, hi = (
-        f"{end:.3f}" if end is not None else "" for end in ((estimate or {}).get(n) for n in Estimate._fields)
-    )
+    ends = ((estimate or {}).get(name) for name in Estimate._fields)
+    value, lo, hi = ("" if end is None else f"{end:.3f}" for end in ends)
     return value, f"{lo} to {hi}" if lo else ""

@@ -160,6 +160,18 @@ def test_evaluate_cache_autointerp_browse(capsys, trained_sae, tmp_path):
         (["corpora", "stats", "micro-italiano", "--documents", "-5"], "--documents is -5; it must be >= 0"),
         (["ioi", "mini", "--seed", "-1"], "--seed is -1; it must be >= 0"),
         (["ioi", "mini", "--seed", str(2**63)], "it must be < 9223372036854775808"),
+        (["steer", "nowhere", "Il", "--latent", "1.5"], "--latent is '1.5'; a whole number was expected"),  # no 2
+        (["evaluate", "nowhere", "--tokens", "999.9"], "--tokens is '999.9'; a whole number was expected"),
+        (["cache", "build", "nowhere", "--out", "x", "--tokens", "5e3."], "--tokens is '5e3.'; a whole number"),
+        (["evaluate", "nowhere", "--corpus", ""], "--corpus is ''; a name, a number or a text was expected"),
+        (["evaluate", "nowhere", "--model="], "--model is ''"),
+        (["train", "mini/topk", "--out", "", "--dry-run"], "--out is ''"),  # no working folder
+        (["evaluate", "nowhere", "minutes"], "'minutes' is too much; no further word is taken but minutes=N."),
+        (["steer", "nowhere", "Il", "gatto", "--latent", "1"], "'gatto' is too much"),
+        (["models", "list", "mini"], "'mini' is too much; no further word is taken. Quote"),
+        (["absorption"], "no SAE was given"),
+        (["tree", "--latent", "3"], "no SAE was given"),
+        (["saes", "doctor", ".", "--out", "metrics.jsonl"], '--out is metrics.jsonl; it must have extension "svg".'),
     ],
 )
 def test_what_the_user_can_fix_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):

@@ -25,10 +25,11 @@ from io import TextIOWrapper
 from itertools import groupby, zip_longest
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, ValidationError
 from cyclopts.validators import Number
+from cyclopts.validators import Path as File
 
 import sae_italian
 from sae_italian.base import pace
@@ -65,6 +66,7 @@ def build() -> App:
         version=sae_italian.__version__,
         suppress_keyboard_interrupt=False,  # `main` says what is kept
         default_parameter=Parameter(negative=""),
+        config=_check_given,
     )
     groups = {name: app.command(App(name=name, help=text)) for name, text in _TOLD["groups"].items()}
     for name, told in COMMANDS.items():
@@ -74,6 +76,16 @@ def build() -> App:
             text += f"\n\nminutes=N: end then, with what there is (default: {minutes}; inf: no bound)."
         (groups[group[0]] if group else app).command(f"sae_italian.{told['run']}", name=verb, help=text)
     return app
+
+
+def _check_given(_app: App, _commands: tuple[str, ...], arguments: Sequence[Any]) -> None:
+    """Raise UsageError for an empty text, which would mean the default, and for what cyclopts would round."""
+    for argument in arguments:
+        is_whole = int in (argument.hint, *get_args(argument.hint))
+        given = [token.value for token in argument.tokens if not token.implicit_value]
+        if odd := [value for value in given if not value or (is_whole and "." in value)]:
+            what = "a whole number" if is_whole else "a name, a number or a text"
+            raise UsageError(f"{argument.name} is {odd[0]!r}; {what} was expected.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,13 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SaeItalianError as error:
         return _fail(error, error.exit_code)
     except CycloptsError as error:
-        said = _renamed(words) or str(error)
-        if known and isinstance(error, UnusedCliTokensError):
-            word = (error.unused_tokens or [""])[0]
-            said += f" {nearest(word.partition('=')[0], known)}"
+        said = str(error)
+        if isinstance(error, UnusedCliTokensError):
+            word, but = " ".join(error.unused_tokens or []), " but minutes=N" * bool(known)
+            said = f"{word!r:.80} is too much; no further word is taken{but}. Quote a longer text."
         if isinstance(error, ValidationError) and error.argument:
-            said = f"{error.argument.name} is {error.argument.value}; it {error.exception_message.lower()}"
-        return _fail(said, 2)
+            must = error.exception_message.lower().rpartition("must ")[2]
+            said = f"{error.argument.name} is {error.argument.value}; it must {must}"
+        return _fail(_renamed(words) or said, 2)
     except KeyboardInterrupt as stop:
         kept = str(stop) or next((KEPT[name] for name in signature(command or main).parameters if name in KEPT), "")
         return _fail(f"stopped{'; ' * bool(kept)}{kept}.", 130)
@@ -116,10 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not re.search("out of memory|allocate", str(error)):  # as NumPy, CUDA and PyTorch's CPU say it
             raise
-        why = (
+        full = (
             f"the memory is full ({str(error).partition('. ')[0]:.200}); finished parts are kept. Ask for less at once"
         )
-        return _fail(f"{why}, or stay on the processor: CUDA_VISIBLE_DEVICES= before the command.", 2)
+        return _fail(f"{full}, or stay on the processor: CUDA_VISIBLE_DEVICES= before the command.", 2)
 
 
 def _done(command: Callable[..., Any], bound: BoundArguments, own_folder: bool, minutes: float) -> Result | None:
@@ -264,11 +277,11 @@ def _lined_up(rows: list[list[str]]) -> list[str]:
 
 Count = Annotated[int, Parameter(validator=Number(gte=1))]
 Sae = Annotated[str, Parameter(help="The SAE: a folder, or release:sae_id.")]
-Out = Annotated[Path | None, Parameter(help="Folder to write to; nothing is written without it.")]
 Model = Annotated[str | None, Parameter(help="Name, hub id or folder of the model; default: the SAE's own.")]
 Language = Annotated[Literal["it", "en"], Parameter(help="Language of what is written: it or en.")]
 Seed = Annotated[int, Parameter(help="Seed of every random draw.", validator=Number(gte=0, lt=2**63))]
 Subject = Annotated[str, Parameter(help="Name, hub id or folder of the model.")]
+Picture = Annotated[Path | None, Parameter(validator=File(ext="svg"))]  # the rest may be a corpus
 Many = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 
 
@@ -346,17 +359,6 @@ def numbers(option: str, given: str) -> list[int]:
         raise UsageError(f"{option} is {given!r:.80}; numbers with commas were expected, e.g. 8,16,32.") from error
 
 
-def latent_range(given: str | None) -> tuple[int, int] | None:
-    """Return the bounds of `A-B` or of one latent. Raises UsageError for anything else."""
-    if given is None:
-        return None
-    first, dash, last = given.partition("-")
-    try:
-        return int(first), int(last if dash else first)
-    except ValueError as error:
-        raise UsageError(f"--latents is {given!r:.80}; two numbers were expected, as in --latents 0-99.") from error
-
-
 def key_values(words: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
     """Return settings given as `key=value` words over their defaults. Raises: UsageError as `read_words`."""
     return defaults | read_words(words, kinds_of(defaults))
@@ -370,7 +372,9 @@ def own_words(words: Sequence[str], defaults: dict[str, Any]) -> tuple[dict[str,
 
 
 def short_names(given: Sequence[str]) -> dict[str, str]:
-    """Return each name by its last part where these differ; of X/seeds/seed-43 X-seed-43. Raises: UsageError for a repetition."""
+    """Return each name by its last part where these differ; of X/seeds/seed-43 X-seed-43. Raises: UsageError for none, or twice."""
+    if not given:
+        raise UsageError("no SAE was given; give a folder, or release:sae_id.")
     if twice := next((name for name in given if list(given).count(name) > 1), None):
         raise UsageError(f"{twice} was given twice; give each SAE once.")
     names = [re.sub(r"/seeds/(?=seed-\d+/?$)", "-", name) for name in given]

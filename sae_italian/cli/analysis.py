@@ -159,7 +159,8 @@ def _probes(name: str, sae: Any, model: Any, context: int, treebanks: list[str],
     banks = [read_treebank(path) for path in treebanks]
     if len({bank.name for bank in banks}) < len(banks):
         raise UsageError(f"two treebanks are called {banks[0].name}; give each once, or rename a folder.")
-    others = {short: sae_italian.load_sae(given) for short, given in short_names(against).items()}
+    names = short_names(against) if against else {}
+    others = {short: sae_italian.load_sae(given) for short, given in names.items()}
     for other_name, other in others.items():
         if (there := other.cfg.metadata.hook_name) != (here := sae.cfg.metadata.hook_name):
             raise UsageError(f"{other_name} has hook_name {there!r}, the SAE {here!r}: compare SAEs of one site.")

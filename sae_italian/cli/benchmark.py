@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from pydantic import PositiveInt
 
 import sae_italian
+from sae_italian import benchmark as bench
 from sae_italian.autointerp.explainita import check_format, read_split, write_submission
 from sae_italian.autointerp.explainita_tasks import DEFAULT_MODEL, evaluate_explanations, evaluate_sequences, replay
 from sae_italian.autointerp.explainita_tasks import predict as answer
@@ -21,20 +22,8 @@ from sae_italian.base.labels import read_words
 from sae_italian.base.pace import is_bounded
 from sae_italian.base.report import plain, table
 from sae_italian.base.storage import claimed
-from sae_italian.benchmark import (
-    all_tasks,
-    chosen,
-    gather,
-    gather_hub,
-    hub_tasks,
-    leaderboard,
-    read_entries,
-    send_to_wandb,
-    write,
-)
-from sae_italian.benchmark import benchmark as run
 from sae_italian.benchmark.absorption import absorption as absorbed
-from sae_italian.cli import Folder, Many, Model, Out, Result, Seed, Source, named, numbers, own_words, short_names
+from sae_italian.cli import Folder, Many, Model, Result, Seed, Source, named, numbers, own_words, short_names
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.saes import model_of
 from sae_italian.saes.baselines import KINDS, TOPK, check_kinds, fit_baselines, random_twin
@@ -70,25 +59,25 @@ def benchmark(
     """
     settings, names = own_words(saes, WORDS)
     if not names:
-        boards = leaderboard(out)
+        boards = bench.leaderboard(out)
         text = "\n\n".join(board.markdown() for board in boards)
         return Result([plain(board) for board in boards], f"{text}\n\nleaderboard: {out / 'leaderboard.html'}")
     check_kinds(kinds := [kind for kind in settings["baselines"].split(",") if kind], (*KINDS, "twin"))
     given, genres, offline = short_names(names), named("--texts", texts), sets == "offline"
     for corpus in genres.values():  # also of tasks that are not asked
         check_corpus(corpus)
-    known = all_tasks({"genre": genres}) if offline else hub_tasks()
-    tasks = chosen(known, preset if offline else "full", settings["tasks"])
+    known = bench.all_tasks({"genre": genres}) if offline else bench.hub_tasks()
+    tasks = bench.chosen(known, preset if offline else "full", settings["tasks"])
     sources = list(dict.fromkeys(task.source for task in tasks))
-    material, failed = (gather(ud or [], genres, seed, sources), []) if offline else gather_hub(sources)
+    material, failed = (bench.gather(ud or [], genres, seed, sources), []) if offline else bench.gather_hub(sources)
     loaded = {name: sae_italian.load_sae(sae) for name, sae in given.items()}
     subject = model_of(next(iter(loaded.values())), model)
     how = {"quick": preset == "quick", "n_seeds": settings["seeds"], **asdict(folder)}
-    told = run(loaded, subject, material, tasks, out, baselines=partial(_fitted, kinds), **how)
+    told = bench.benchmark(loaded, subject, material, tasks, out, baselines=partial(_fitted, kinds), **how)
     told["refused"] = [*told["refused"], *failed]
-    entries = read_entries(out)
-    board = write(out, entries, told)
-    sent = [send_to_wandb(entries, settings["wandb"], out)] if settings["wandb"] else []
+    entries = bench.read_entries(out)
+    board = bench.write(out, entries, told)
+    sent = [bench.send_to_wandb(entries, settings["wandb"], out)] if settings["wandb"] else []
     value = {"folder": str(out), **plain(board), "refused": told["refused"]}
     return Result(value, "\n\n".join([board.markdown(), *sent, f"report: {out / 'benchmark.html'}"]))
 
@@ -138,8 +127,6 @@ def absorption(*saes: str, ud: Many = None, out: Path | None = None, overwrite: 
         overwrite: Replace an earlier result in the folder. Default: no.
     """
     given = short_names(saes)
-    if not given:
-        raise UsageError("no SAE was given; give one, or several of one hook.")
     loaded = {name: sae_italian.load_sae(sae) for name, sae in given.items()}
     hooks = {name: sae.cfg.metadata.hook_name for name, sae in loaded.items()}
     if len(set(hooks.values())) > 1:
@@ -161,7 +148,7 @@ def reproduce(
     /,
     *words: str,
     sae: str | None = None,
-    out: Out = None,
+    out: Path | None = None,
     source: Source = Source(),
     folder: Folder = Folder(),
 ) -> Result:
@@ -213,8 +200,7 @@ def _saes(words: list[str], out: Path, flags: dict[str, Any]) -> list[str]:
     from sae_italian.training.config import SUITE_KEY
 
     overrides = [word for word in words if "=" in word]
-    names = [word for word in words if "=" not in word]
-    if not names:
+    if not (names := [word for word in words if "=" not in word]):
         raise UsageError("which SAEs? Give folders or release:sae_id, or one config to train.")
     if not any(name.endswith(".yaml") or name.startswith(("mini/", "configs/")) for name in names):
         if overrides:
@@ -285,8 +271,8 @@ def predict(
         latents = read_split(data, task, split or "train_gold")[:limit]
         loaded, subject, _ = sae_italian.open_sae(sae, model, "none")
         return replay(latents, loaded, subject)
-    if out is None:
-        raise UsageError("a submission needs a file to be written to, such as run1.jsonl.")
+    if out is None or out.resolve() == Path(data).resolve():
+        raise UsageError("a submission needs a file of its own to be written to, such as run1.jsonl.")
     check_format(out)
     settings = (llm or LLMOptions()).with_words(words)
     latents = read_split(data, task, split or "test")

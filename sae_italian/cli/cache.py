@@ -10,12 +10,11 @@ from cyclopts import Parameter
 import sae_italian
 from sae_italian.analysis.labels import examples_in
 from sae_italian.autointerp import AutointerpConfig
-from sae_italian.autointerp.choose import EXPLAINER
 from sae_italian.autointerp.examples import RULE
 from sae_italian.autointerp.llm import LLMOptions, LLMSettings
 from sae_italian.autointerp.llm.askers import LLMExplainer, estimate_beside, run_beside
 from sae_italian.autointerp.llm.calls import DryClient
-from sae_italian.autointerp.run import STORE_FILE, TWIN_FOLDER, score_with_models
+from sae_italian.autointerp.run import EXPLAINER, STORE_FILE, TWIN_FOLDER, score_with_models
 from sae_italian.autointerp.scorers.subject import N_GRAMS, Encoder, EncoderJudge, n_grams, subject_judge
 from sae_italian.autointerp.summary import means, means_table
 from sae_italian.base.errors import SaeItalianError, UsageError
@@ -48,8 +47,6 @@ def build(
         tokens: How many tokens of the split, or all of it; default: 300000, or all where there are fewer.
     """
     settings, names = own_words(saes, {"split": "heldout", "windows_per_shard": 0})
-    if not names:
-        raise UsageError("an SAE was expected: a folder, or release:sae_id.")
     _, *others = short_names(names).values()  # each once
     if isinstance(tokens, int) and tokens < 1:
         raise UsageError(f"--tokens is {tokens}; it must be >= 1, or all.")

@@ -17,7 +17,7 @@ import sae_italian
 from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.report import table
 from sae_italian.base.storage import write_text
-from sae_italian.cli import Count, Folder, Result, Seed, facts, key_values
+from sae_italian.cli import Count, Folder, Picture, Result, Seed, facts, key_values
 from sae_italian.models import catalogue, load_model_config, resolve
 from sae_italian.models.catalogue import config_differences, config_facts, folder_of, import_gguf, record_of
 from sae_italian.models.catalogue import fetch_model as fetch
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sae_italian.corpora import Reader
 
 Name = Annotated[str, Parameter(help="A name of `models list`, a hub id, or a folder.")]
-MICRO = "micro-italiano"
 Corpus = Annotated[str, Parameter(help="micro-italiano, a name of `corpora list`, hf://datasets/..., or a local path.")]
 Words = Annotated[str, Parameter(help="Rare settings of the reading: split=heldout on_broken=skip min_chars=200 ...")]
 TextColumn = Annotated[str, Parameter(help="Column that holds the text.")]
@@ -164,7 +163,7 @@ def list_corpora() -> Result:
     from sae_italian.corpora.catalogue import catalogue as known_corpora
 
     known = known_corpora()
-    rows = [(MICRO, "no end", "MIT", "no", "in this package (gold labels)")]
+    rows = [("micro-italiano", "no end", "MIT", "no", "in this package (gold labels)")]
     for name, entry in known.items():
         sizes = (f"{entry[of] / 1e9:.1f} {unit}" for of, unit in (("words", "G words"), ("bytes", "GB")) if entry[of])
         size = next(sizes, "size not stated")
@@ -199,7 +198,7 @@ def stats(
     *words: Words,
     documents: Annotated[int, Parameter(validator=Number(gte=0))] = 1000,
     model: str | None = None,
-    out: Path | None = None,
+    out: Picture = None,
     text_column: TextColumn = "text",
     italian: Italian = False,
     deduplicate: Deduplicate = "no",

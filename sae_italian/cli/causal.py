@@ -176,10 +176,9 @@ def tree(
     from sae_italian.analysis.tree import causal_tree
 
     sizes, names = own_words(saes, {"branches": 3, "contexts": 20})
-    if not names:
-        raise UsageError("a tree needs the SAEs of at least two layers, in order; none given.")
-    last, subject, text = sae_italian.open_sae(names[-1], model, corpus)
-    named = [*((Path(name).name, sae_italian.load_sae(name)) for name in names[:-1]), (Path(names[-1]).name, last)]
+    *others, (name, target) = short_names(names).items()
+    last, subject, text = sae_italian.open_sae(target, model, corpus)
+    named = [*((short, sae_italian.load_sae(given)) for short, given in others), (name, last)]
     drawn = {"n_tokens": tokens, "context_size": context_size, "seed": seed, "n_contexts": sizes["contexts"]}
     root = causal_tree(subject, named, latent, text, branches=sizes["branches"], **drawn)
     return _written(out, "tree", plain(root), root.text(), {"tree": root.svg()})
@@ -283,10 +282,8 @@ def _graph(model: str, transcoders: Path, prompt: str, settings: dict[str, Any],
 
 def _loaded(name: str, transcoders: Path) -> tuple[Any, list[Any]]:
     """Return the model and the transcoders, and say where these were trained on another model, as a fine-tune's may be."""
-    model, saes = (
-        sae_italian.load_model(name),
-        [sae_italian.load_sae(folder) for folder in transcoder_folders(transcoders)],
-    )
+    saes = list(map(sae_italian.load_sae, transcoder_folders(transcoders)))
+    model = sae_italian.load_model(name)
     there = model.loaded_from["name"]
     own = {str(sae.cfg.metadata.model_name or there) for sae in saes}
     if other := [each for each in sorted(own) if Path(each).name != Path(there).name]:
@@ -300,7 +297,6 @@ def transcoder_folders(folder: Path) -> list[Path]:
         return [folder]
     configs = {path.parent: read_json(path) for path in sorted(folder.glob("*/cfg.json"))}
     kinds = {path: cfg.get("architecture") for path, cfg in configs.items() if isinstance(cfg, dict)}
-    mine = [path for path, kind in kinds.items() if "transcoder" in str(kind)]
-    if not mine:
+    if not (mine := [path for path, kind in kinds.items() if "transcoder" in str(kind)]):
         raise UsageError(f"{folder} holds no transcoders. Train some with `sae-italian train mini/transcoders`.")
     return mine

@@ -19,7 +19,7 @@ from sae_italian.base.errors import UsageError, nearest
 from sae_italian.base.labels import read_words
 from sae_italian.base.report import plain
 from sae_italian.base.storage import claimed, write_text
-from sae_italian.cli import Count, Folder, Result, Source, latent_range, own_words
+from sae_italian.cli import Count, Folder, Result, Source, own_words
 
 
 def browse(
@@ -88,7 +88,7 @@ def _shown(source: Path, out: Path | None, latent: int | None, which: dict[str, 
     from sae_italian.browser.opening import open_pages
     from sae_italian.browser.widget import card_text
     from sae_italian.browser.write import write_browser
-    from sae_italian.training.publish import check_repository
+    from sae_italian.training.publish import check_repository, send_space
 
     if latent is not None:
         records = open_pages(source, model_name=which["model_name"], weights={}).source
@@ -108,21 +108,13 @@ def _shown(source: Path, out: Path | None, latent: int | None, which: dict[str, 
         text = f"Best matches: mean cosine {facts['mean_cosine']:.2f}, {near} of 0.7 or more, {mutual} mutual.\n"
         value |= facts
     if space:
-        value["space"] = _sent(out, space)
+        try:
+            value["space"] = send_space(out, space)
+        except UsageError as error:
+            way = f"hf upload {space} {out} . --repo-type space"
+            raise UsageError(f"{out} is written and not sent: {error} Or from elsewhere: {way}") from error
         text += f"Space: {value['space']}\n"
     return Result(value, f"{text}Report: {value['report']}")
-
-
-def _sent(folder: Path, space: str) -> str:
-    """Send a Space; return its address. Raises: UsageError where the folder alone could be written, saying how to send it."""
-    from sae_italian.training.publish import send_space
-
-    try:
-        return send_space(folder, space)
-    except UsageError as error:
-        raise UsageError(
-            f"{folder} is written and not sent: {error} Or from elsewhere: hf upload {space} {folder} . --repo-type space"
-        ) from error
 
 
 def _llm_settings(endpoint: str | None, llm_model: str | None, language: Literal["it", "en"], rare: list[str]):
@@ -186,6 +178,17 @@ WORDS = {
 }
 
 
+def _latent_range(given: str | None) -> tuple[int, int] | None:
+    """Return the bounds of `A-B` or of one latent. Raises UsageError for anything else."""
+    if given is None:
+        return None
+    first, dash, last = given.partition("-")
+    try:
+        return int(first), int(last if dash else first)
+    except ValueError as error:
+        raise UsageError(f"--latents is {given!r:.80}; two numbers were expected, as in --latents 0-99.") from error
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -240,7 +243,7 @@ def export(
     if to not in FORMATS:
         raise UsageError(f"{to!r} is no format of an export. {nearest(to, FORMATS, limit=len(FORMATS))}")
     write, known = FORMATS[to]
-    options = asdict(chosen) | asdict(folder) | {"latents": latent_range(chosen.latents)}
+    options = asdict(chosen) | asdict(folder) | {"latents": _latent_range(chosen.latents)}
     settings = {name: value for name, value in options.items() if value} | read_words(words, WORDS)
     if odd := next((name for name in settings if name not in known.split()), None):
         spelled = f"--{odd.replace('_', '-')}" if odd in options else f"{odd}="
@@ -339,7 +342,7 @@ def _transcoder_set(
     with claimed(out, "transcoder set", spec, resume=True, overwrite=overwrite):
         how: Any = {"name": model.loaded_from["name"], "corpus": corpus, "caches": caches, **source.reading}
         rows = export_set(saes, model, out, **how, **size)
-    return Result({"folder": str(out), "layers": rows}, set_text(rows, out))
+    return Result({"folder": str(out), "to": "circuit-tracer", "layers": rows}, set_text(rows, out))
 
 
 def _model_card(
@@ -355,8 +358,7 @@ def _model_card(
         folder = Path(sae or Manifest.load(folder).sae)
     if not (folder / "cfg.json").is_file():
         raise UsageError(f"{folder} is no trained SAE (no cfg.json); give the folder of one, or --sae.")
-    card = read_card(folder)
-    if card is None:
+    if (card := read_card(folder)) is None:
         raise UsageError(f"{folder} has no evaluation card. Make it: sae-italian evaluate {folder}")
     file, own = out / "README.md", out.resolve() == folder.resolve()
     if own and file.exists() and not overwrite:

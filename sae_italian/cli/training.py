@@ -16,7 +16,7 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.report import plain, shown
 from sae_italian.base.statistics import Estimate
 from sae_italian.base.storage import RUN_FILE, record_in, write_text
-from sae_italian.cli import Count, Folder, Result, Sae, Source, Workers, own_words
+from sae_italian.cli import Count, Folder, Picture, Result, Sae, Source, Workers, own_words
 from sae_italian.saes import model_of
 from sae_italian.saes.loading import full_name
 
@@ -139,8 +139,7 @@ def evaluate(
     size: dict[str, Any] = {"n_tokens": tokens or 100_000, "at_most": tokens is None, "loss_tokens": loss_tokens}
     card = sae_italian.evaluate(loaded, model, corpus, name=sae, **size, **source.reading)
     failure = _unkept(partial(card.save, Path(sae)), sae) if Path(sae).is_dir() else None
-    seeds = read_seeds(Path(sae))
-    if seeds is None:
+    if (seeds := read_seeds(Path(sae))) is None:
         return Result(plain(card), card.markdown(), failure)
     share, n = Estimate(**seeds["share"]), len(seeds["seeds"])
     found = f"Latents found in {n} of {n} seeds: {shown(share, '.1%')}, of random directions {seeds['random']:.1%}."
@@ -155,7 +154,7 @@ def _unkept(keep: Callable[[], object], where: object) -> UsageError | None:
         return UsageError(f"{where} cannot be written to ({error.strerror or error}): what is printed is all there is.")
 
 
-def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Path | None = None, source: Source = Source()) -> Result:
+def doctor(sae: Sae, /, *, tokens: Sample = 8192, out: Picture = None, source: Source = Source()) -> Result:
     """Say whether an SAE fits its model and whether its training is healthy, and name what is wrong.
 
     Args:
@@ -207,8 +206,7 @@ def _corpus_of(sae: Any, text_column: str) -> str:
     """Return the SAE's own corpus where it can be read here, else MicroItaliano, and say so."""
     from sae_italian.corpora.stream import MICRO_ITALIANO, check_corpus
 
-    named = sae.cfg.metadata.dataset_path
-    if named:
+    if named := sae.cfg.metadata.dataset_path:
         try:
             check_corpus(str(named), text_column=text_column)
             return str(named)

@@ -83,6 +83,6 @@ def test_a_bound_must_be_a_number_above_0_and_another_word_is_refused(folders, c
     assert main(["agreement", "mini", "minutes=0"]) == 2
     assert "minutes is 0; a number above 0 was expected" in capsys.readouterr().err
     assert main(["agreement", "mini", "minuti=3"]) == 2
-    assert "Did you mean 'minutes'?" in capsys.readouterr().err
+    assert "'minuti=3' is too much; no further word is taken but minutes=N" in capsys.readouterr().err
     assert main(["steer", folders["SAE"], PROMPT, "minutes=soon", "--latent", "3"]) == 2
     assert "minutes is 'soon'" in capsys.readouterr().err

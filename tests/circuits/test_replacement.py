@@ -57,3 +57,5 @@ def test_the_doctor_looks_at_a_set(saved, capsys, monkeypatch):  # noqa: F811
     assert main(told) == 0
     alone = json.loads(capsys.readouterr().out)
     assert alone["ce"] == {"value": pytest.approx(own), "lo": None, "hi": None}, "many windows, and one document"
+    assert main(told[:-1]) == 0
+    assert capsys.readouterr().out.endswith(f"\n\nNext: sae-italian graph MODEL {saved} PROMPT --out FOLDER\n")

@@ -67,6 +67,9 @@ def test_stats_and_the_picture(capsys, mini, jsonl, tmp_path):
     assert "<svg" in picture.read_text() and "100 documents" in picture.read_text()
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and "a word (sae-italian-mini)" in out and "█" in out and "kept" in out
+    before = jsonl.read_bytes()
+    code, _, err = run(capsys, "corpora", "stats", jsonl, "--out", jsonl)  # the corpus itself is no place for a picture
+    assert code == 2 and 'must have extension "svg"' in err and jsonl.read_bytes() == before
 
 
 def test_pretokenize_and_resume(capsys, mini, jsonl, tmp_path):

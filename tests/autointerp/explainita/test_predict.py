@@ -173,6 +173,7 @@ def test_an_llm_answers_both_tasks_and_what_it_leaves_open_is_filled_and_counted
         (["t1.jsonl", "out.jsonl", "--task", "1", "--explainer", "llm"], "an LLM needs --endpoint"),
         (["empty.jsonl", "out.jsonl", "--task", "1"], "holds no rows"),
         (["twice.jsonl", "out.jsonl", "--task", "1"], "is there twice"),
+        (["t1.jsonl", "t1.jsonl", "--task", "1"], "a file of its own"),
     ],
 )
 def test_what_cannot_be_predicted_is_one_line(tmp_path, capsys, arguments, words):

@@ -1,12 +1,14 @@
 """A suite of transcoders for circuit-tracer: the files it opens, what it is refused, and its own reader where it is there."""
 
 import gzip
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zlib
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,9 @@ def suite(mini, tmp_path_factory):
 def exported(suite, tmp_path_factory):
     out = tmp_path_factory.mktemp("exports") / "set"
     told = ["export", str(suite), "--to", "transcoder-set", "--tokens", "3000", f"labels={suite / 'caches'}"]
-    assert main([*told, "--out", str(out)]) == 0
+    with redirect_stdout(io.StringIO()) as said:
+        assert main([*told, "--out", str(out)]) == 0
+    assert said.getvalue().endswith(f"\n\nNext: give {out} to circuit-tracer\n")
     return out
 
 
