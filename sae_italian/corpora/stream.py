@@ -33,6 +33,8 @@ from sae_italian.corpora.rows import MICRO_ITALIANO, Broken, is_held_out
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+# In a folder of training text for SAELens' runner: the name of the corpus, which has the held-out text.
+WRITTEN_FROM = "corpus.name"
 _WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\*(.+)", re.IGNORECASE)  # as `0.7*name`
 
 
@@ -193,6 +195,9 @@ class CorpusStream:
 
     def __init__(self, corpus: str | Path, reader: Reader | None = None):
         self.corpus, self.reader, self.counts = str(corpus), reader or Reader(), DocumentCounts()
+        note = os.path.join(self.corpus, WRITTEN_FROM)  # noqa: PTH118  # no error of an endless name
+        if self.reader.split == "heldout" and os.path.isfile(note):  # noqa: PTH113
+            self.corpus = Path(note).read_text(encoding="utf-8")
         names, self.weights = mixture(self.corpus)
         if not all(names):  # an empty path is the working folder
             raise UsageError(f"corpus {self.corpus!r} lacks a name: one, or some with commas between, were expected.")
@@ -208,8 +213,7 @@ class CorpusStream:
         split = self.reader.split
         while not all(self.ended):
             part = self._pick()
-            document = next(self.parts[part].documents, None)
-            if document is None:
+            if (document := next(self.parts[part].documents, None)) is None:
                 self.ended[part] = True
             elif not document.text or split != "all" and is_held_out(document.text) != (split == "heldout"):
                 self.counts.drop("other_split")
@@ -264,7 +268,7 @@ class CorpusStream:
 
 def iter_documents(
     corpus: str | Path, split: Split = "all", *, seed: int = 0, text_column: str = "text"
-) -> Iterator[TextDocument]:
+) -> CorpusStream:
     """Return the documents of `corpus` in a fixed order, those of one split only.
 
     `corpus` is `micro-italiano` (unlimited), a name of the catalogue (`wikipedia-it`, `clean-mc4-it-tiny@parquet`), hub
@@ -295,7 +299,7 @@ def load_corpus(
     """
     from datasets import Dataset, Features, IterableDataset, Value
 
-    check_whole(0, limit=limit)
+    check_whole(0 if streaming else 1, limit=limit)  # `datasets` makes no file without a row
     reader = reader or Reader(split=split, seed=seed, text_column=text_column)
     check_corpus(corpus, reader=replace(reader, split="all"))
     features = Features({name: Value("string") for name in TextDocument._fields})

@@ -139,7 +139,8 @@ def _own(folder: Path, device: str, overrides: Config) -> Found:
     config = get_sae_lens_config_from_disk(folder, device, overrides)
     if (name := config["architecture"]) not in SAE_CLASS_REGISTRY:
         if name in SAE_TRAINING_CLASS_REGISTRY:
-            raise DataError(f"{folder} is a checkpoint of a training ({name}); end it: sae-italian train RUN --resume.")
+            end = "sae-italian train RUN --resume, or TrainingSAE.load_from_disk(RUN).save_inference_model(OUT)"
+            raise DataError(f"{folder} is a checkpoint of a training ({name}); end it: {end}.")
         raise DataError(f"{folder}/cfg.json: unknown architecture {name!r}; there are {', '.join(SAE_CLASS_REGISTRY)}.")
     if (folder / SAELENS_WEIGHTS).is_file():
         return sae_lens_disk_loader(folder, device, overrides)

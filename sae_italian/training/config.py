@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from copy import deepcopy
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
@@ -304,8 +305,8 @@ def spec_from_dict(values: dict[str, Any]) -> RunSpec:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load_spec(path: str | Path, *overrides: str) -> RunSpec:
-    """Read a YAML and apply `key=value` overrides (`sae.k=64`); values are read as YAML.
+def load_spec(path: str | Path | dict[str, Any], *overrides: str) -> RunSpec:
+    """Read a YAML, or take a dict, and apply `key=value` overrides (`sae.k=64`); values are read as YAML.
 
     A path that does not exist here is looked up in the configs shipped with the package.
     Raises: UsageError for a missing file (nearest one named), bad YAML, an unknown key or a value of the wrong kind.
@@ -313,13 +314,14 @@ def load_spec(path: str | Path, *overrides: str) -> RunSpec:
     return spec_from_dict(read_values(path, *overrides))
 
 
-def read_values(path: str | Path, *overrides: str) -> dict[str, Any]:
+def read_values(path: str | Path | dict[str, Any], *overrides: str) -> dict[str, Any]:
     """Return what a config says, overrides applied, not yet checked; of a training's folder, what it was started with.
 
     Raises: UsageError as `load_spec`.
     """
-    run = path_of(path) / RUN_FILE
-    if run.is_file():
+    if isinstance(path, dict):
+        values = deepcopy(path)
+    elif (run := path_of(path) / RUN_FILE).is_file():
         values = record_in(run.parent, "train", "suite").get("spec", {})
         settings = values.pop("settings", {})  # a suite's
         if not values or not isinstance(settings, dict):
@@ -331,6 +333,8 @@ def read_values(path: str | Path, *overrides: str) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise UsageError(f"{file} must hold `key: value` lines; found {type(values).__name__}.")
     for override in overrides:
+        if not isinstance(override, str):
+            raise UsageError(f"{override!r:.80} is no text of the form key=value; give several as *words.")
         key, value = read_word(override)
         *parents, last = key.split(".")
         group = values

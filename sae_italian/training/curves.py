@@ -40,8 +40,7 @@ def read_curve(folder: Path) -> Curve:
     file = folder / METRICS_FILE
     if not file.is_file() or "sae" not in spec:
         raise UsageError(f"{folder} is not a training's folder: metrics.jsonl and run.json are expected there.")
-    rows = [row for row in read_metrics(file) if "losses/overall_loss" in row]
-    if not rows:
+    if not (rows := [row for row in read_metrics(file) if "losses/overall_loss" in row]):
         raise UsageError(f"{file} holds no step yet; wait for the first steps.")
     keys = ("details/n_training_samples", "metrics/l0", "metrics/explained_variance", "sparsity/dead_features")
     with understood(f"what {file} or run.json holds", "Copy the training's folder again, or train again."):

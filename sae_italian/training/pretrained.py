@@ -112,20 +112,15 @@ class Origin:
 def _facts(cfg: Any, model: str | None, hook_names: Iterable[str]) -> dict[str, Any]:
     """Return what an SAE and the training that starts from it must share."""
     shared = {name: getattr(cfg, name) for name in ("d_in", "d_sae", "reshape_activations", "apply_b_dec_to_input")}
-    mode = cfg.normalize_activations
+    mode, known = cfg.normalize_activations, resolved_here(model) if model else None
     return shared | {
-        "model": _short(model),
+        # its last part: releases write `gemma-2-2b` where others write `google/gemma-2-2b`
+        "model": model and Path(known.saved_name if known else model).name.lower(),
         "hook": [parse_hook_name(name).name for name in hook_names],
         "d_out": getattr(cfg, "d_out", cfg.d_in),
         "normalize_activations": "none" if mode in SCALES[:2] else mode,
         "architecture": cfg.architecture().removeprefix("started_"),
     }
-
-
-def _short(model: str | None) -> str | None:
-    """Return the last part of a model's name: releases write `gemma-2-2b` where others write `google/gemma-2-2b`."""
-    known = resolved_here(model) if model else None
-    return model and Path(known.saved_name if known else model).name.lower()
 
 
 @torch.no_grad()

@@ -207,8 +207,7 @@ class Processes:
         if self.world == 1:
             return
         everyone = self._everyone(_hash_of(run.trainer))
-        apart = [rank for rank, its in enumerate(everyone) if its != everyone[0]]
-        if apart:
+        if apart := [rank for rank, its in enumerate(everyone) if its != everyone[0]]:
             raise UsageError(
                 f"after {run.n_steps} steps the weights of ranks {apart} are not those of rank 0; "
                 "this state is not saved. Look for a fault of their machines, then --resume."

@@ -62,12 +62,10 @@ def publish(
     `owner/name`, without a token, and for what the hub refuses.
     """
     sae_id = sae_id or folder.resolve().name
-    missing = [name for name in SAE_FILES if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in SAE_FILES if not (folder / name).is_file()]:
         raise UsageError(f"{folder} holds no {' and no '.join(missing)}: give the folder of a finished training.")
     check_repository(repo_id)
-    card = read_card(folder)
-    if card is None:
+    if (card := read_card(folder)) is None:
         raise UsageError(
             f"{folder} has no evaluation card, and nothing is published without one. "
             f"Make it: sae-italian evaluate {folder} --tokens 1000000 --loss-tokens 100000"

@@ -15,6 +15,7 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
+import torch
 from pydantic_core import to_jsonable_python
 
 from sae_italian.base.errors import SaeItalianError, UsageError
@@ -23,14 +24,14 @@ from sae_italian.base.units import connect
 from sae_italian.corpora.pretokenize import is_pretokenized
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.models import load_model
-from sae_italian.training.config import RunSpec, read_values, spec_from_dict
+from sae_italian.training.config import RunSpec, load_spec
 from sae_italian.training.logging import WEIGHTS
 from sae_italian.training.loop import Diverged, Loop, SAERun, clear_checkpoints
 from sae_italian.training.pretrained import Origin
 from sae_italian.training.processes import ALONE, GPU_BACKEND, WORLD, Processes, check_joint, joined, placed
 from sae_italian.training.shards import check_shards
 from sae_italian.training.stream import ActivationStream, kept_positions
-from sae_italian.training.suite import SuiteSpec, suite_from_dict
+from sae_italian.training.suite import SuiteSpec, load_suite
 from sae_italian.training.text import check_length, training_documents
 
 KIND, SUITE_KIND = "train", "suite"
@@ -57,7 +58,7 @@ def train(spec: RunSpec | str | Path | Any, out: str | Path, *, resume: bool = F
     run, and as `Loop.fit` and `joined`; KeyboardInterrupt after a signal, once the state is saved.
     """
     if isinstance(spec, str | Path | dict):
-        spec = spec_from_dict(spec if isinstance(spec, dict) else read_values(spec))
+        spec = load_spec(spec)
     elif not isinstance(spec, RunSpec):
         spec = RunSpec.from_saelens(spec)
     out = Path(out)
@@ -114,7 +115,7 @@ def train_suite(
     Raises: UsageError as `train`, and for a suite that does not fit its memory; KeyboardInterrupt after a signal.
     """
     if not isinstance(suite, SuiteSpec):
-        suite = suite_from_dict(suite if isinstance(suite, dict) else read_values(suite))
+        suite = load_suite(suite)
     out = Path(out)
     groups = [(f"group-{index:03}", specs) for index, specs in enumerate(suite.groups())]
     check_run(next(iter(groups[0][1].values())))
@@ -141,6 +142,9 @@ def train_group(out: Path, group: tuple[str, Mapping[str, RunSpec]]) -> list[Pat
     return list(folders.values())
 
 
+@torch.inference_mode(
+    False
+)  # with gradients, whatever the caller has switched off, as notebooks do in their first line
 def train_together(
     specs: Mapping[str, RunSpec],
     folders: Mapping[str, Path],

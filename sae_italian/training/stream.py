@@ -135,8 +135,7 @@ class ActivationStream:
         """Put new rows into the holes of the buffer; `told` is called with the number of rows of each step."""
         while len(self.holes) and not self.ended:
             if self.rest.shape[1] == 0:
-                found = self._read()
-                if found is None:  # the slots that hold rows are served, in a new random order
+                if (found := self._read()) is None:  # the slots that hold rows are served, in a new random order
                     slots = self._other_slots(self.holes)
                     self.order = slots[torch.randperm(len(slots), generator=self.generator)]
                     self.holes, self.ended = self.holes[:0], True

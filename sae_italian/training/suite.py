@@ -105,7 +105,7 @@ class SuiteSpec(BaseModel):
         return groups
 
 
-def load_suite(path: str | Path, *overrides: str) -> SuiteSpec:
+def load_suite(path: str | Path | dict[str, Any], *overrides: str) -> SuiteSpec:
     """Return the suite of a YAML, `key=value` overrides applied. Raises: UsageError as `load_spec`."""
     return suite_from_dict(read_values(path, *overrides))
 

@@ -15,11 +15,11 @@ from jaxtyping import Int
 
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import atomic_path, fingerprint, path_of, room_on
+from sae_italian.base.storage import atomic_path, fingerprint, path_of, room_on, write_text
 from sae_italian.corpora import CorpusStream, Reader, pack
 from sae_italian.corpora.packing import Packer, layout_of, special_mask, tokenised
 from sae_italian.corpora.pretokenize import CachedActivations, MappedWindows, PretokenizedCorpus, is_pretokenized
-from sae_italian.corpora.stream import mixture
+from sae_italian.corpora.stream import WRITTEN_FROM, mixture
 from sae_italian.models import load_model_config, load_tokenizer
 from sae_italian.training.config import NORM_ESTIMATE_BATCHES, RunSpec, load_spec
 
@@ -187,27 +187,22 @@ def check_pretokenized(corpus: PretokenizedCorpus, tokenizer: Any, context_size:
 # --- for SAELens' own runner ------------------------------------------------------------------------------------------
 
 
-def load_config(path: str | Path, *overrides: str) -> Any:
-    """Return the SAELens runner config of a YAML: `LanguageModelSAETrainingRunner(load_config(path)).run()` trains it.
+def load_config(path: str | Path | dict[str, Any], *overrides: str) -> Any:
+    """Return the SAELens runner config of a YAML or dict: `LanguageModelSAETrainingRunner(load_config(path)).run()` trains it.
 
     The runner reads no held-out split, no column but `text` and no MicroItaliano: so the training documents are written,
-    as far as the training reads, to the user's cache, which `dataset_path` names. It has no seed: SAELens draws anew.
+    as far as the training reads, to the user's cache, in a folder that `dataset_path` names and `datasets` loads as its split
+    "train". It has no seed: SAELens draws anew.
     Raises: UsageError as `load_spec`, for a model, hook, architecture or SAE field that does not exist, and for what
     cannot be carried: a transcoder, a pretokenised corpus, one that is too short or for which the disk has no room.
     """
+    from sae_italian import __version__
+
     spec = load_spec(path, *overrides)
     config = spec.to_saelens()
     for key in ("hook_name_out", "from_pretrained_path"):
         if (given := getattr(spec, key)) is not None:
             raise UsageError(f"SAELens' runner knows no {key} ({given!r}); use `sae-italian train`.")
-    config.dataset_path = str(_written_documents(spec))
-    return config
-
-
-def _written_documents(spec: RunSpec) -> Path:
-    """Return a folder in the user's cache with the training documents, which `datasets` loads as its split "train"."""
-    from sae_italian import __version__
-
     if is_pretokenized(spec.corpus):
         raise UsageError(
             f"corpus {spec.corpus!r} is pretokenised, which SAELens' runner takes as override_dataset alone. "
@@ -233,4 +228,6 @@ def _written_documents(spec: RunSpec) -> Path:
                 bar.update(len(document.text))
                 if stream.counts.characters >= wanted:
                     break
-    return file.parent
+    write_text(file.with_name(WRITTEN_FROM), spec.corpus)  # where the SAE's held-out text is
+    config.dataset_path = str(file.parent)
+    return config

@@ -280,7 +280,11 @@ def test_a_damaged_cfg_json_is_one_line(tmp_path, topk_sae, mini, damage):
         ("context_size", -5, "metadata.context_size in its cfg.json is -5; a number of tokens, 2 or more"),
         ("context_size", "128", "metadata.context_size in its cfg.json is '128'"),
         ("k", 10**9, "has k 1,000,000,000, more than its 300 latents"),
-        ("architecture", "sparse_topk", r"is a checkpoint of a training \(sparse_topk\); end it: .* --resume"),
+        (
+            "architecture",
+            "sparse_topk",
+            r"is a checkpoint of a training \(sparse_topk\); end it: .* --resume, or .*save_inference_model",
+        ),
         ("architecture", "qwerty", "unknown architecture 'qwerty'; there are .*topk"),
     ],
 )

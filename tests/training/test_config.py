@@ -34,6 +34,10 @@ def test_load_config_is_saelens_own_object(own_cache):
     assert config.sae.k == 64 and config.lr == 2e-4
     assert config.sae.d_in == 128 and config.model_name == "sae-italian-mini"
     assert config.hook_name == "blocks.1.hook_resid_post" and config.exclude_special_tokens is True
+    told = read_values("mini/topk", *own_cache)
+    assert load_config(told, "sae.k=64").sae.k == 64 and told == read_values(
+        "mini/topk", *own_cache
+    )  # a copy is changed
 
 
 def test_a_size_in_thousands_is_a_number_for_whoever_reads_the_settings():
@@ -96,6 +100,7 @@ def test_shipped_configs_are_found_by_name(path, tmp_path, monkeypatch):
         (["model=minervva-1b"], "Did you mean 'minerva-1b'"),
         (["lr"], "key=value"),
         (["model.name=x"], "is a value, not a group"),
+        ([["sae.k=4"]], r"\['sae.k=4'\] is no text of the form key=value"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(overrides, message):

@@ -57,7 +57,8 @@ def test_training_learns(trained_sae):
 
 
 def test_the_seed_is_honoured(small_spec, trained_sae, tmp_path):
-    again = train(small_spec, tmp_path / "again")
+    with torch.inference_mode():  # what a notebook has switched off is on while it trains
+        again = train(small_spec, tmp_path / "again")
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(trained_sae).items())
     other = train(small_spec.model_copy(update={"seed": 1}), tmp_path / "other")
     assert not torch.equal(weights(other)["W_enc"], weights(trained_sae)["W_enc"])
@@ -82,7 +83,8 @@ def test_the_stock_runner_trains_from_load_config_as_well_as_ours(mini, tmp_path
     theirs.save_inference_model(tmp_path / "theirs")
     saes = [load_sae(folder) for folder in (tmp_path / "theirs", train(load_spec(*words), tmp_path / "ours"))]
     text = {"n_tokens": 10_000, "loss_tokens": 500, "text_column": "testo"}
-    cards = [evaluate(sae, mini, str(tmp_path / "a.jsonl"), **text) for sae in saes]
+    cards = [evaluate(sae, mini, **text) for sae in saes]  # the held-out text too is found by both
+    assert [card.corpus for card in cards] == [str(tmp_path / "a.jsonl")] * 2
     assert [card.l0.value for card in cards] == [8, 8]
     assert cards[0].explained_variance.value == pytest.approx(cards[1].explained_variance.value, abs=0.01)
 
