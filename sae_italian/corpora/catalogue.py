@@ -62,12 +62,11 @@ def find(name: str) -> tuple[Entry, Route] | None:
     wanted, _, route = name.strip().partition("@")
     for entry in catalogue().values():
         if wanted.lower() in {entry["name"], *entry["aliases"]}:
-            chosen = route or next(iter(entry["routes"]))
-            if chosen not in entry["routes"]:
-                raise UsageError(
-                    f"corpus {entry['name']!r} has no route {chosen!r}. {nearest(chosen, entry['routes'])}"
-                )
-            return entry, entry["routes"][chosen]
+            routes = entry["routes"]
+            chosen = route or next(iter(routes))
+            if chosen not in routes:
+                raise UsageError(f"corpus {wanted!r} has no route {chosen!r}. {nearest(chosen, routes)}")
+            return entry, routes[chosen]
     return None
 
 
@@ -100,8 +99,7 @@ def list_files(route: Route, name: str) -> tuple[str, dict[str, int]]:
 
 def route_of_url(url: str) -> Route:
     """Return the route that `hf://datasets/owner/name[@revision]/pattern` names."""
-    match = re.fullmatch(f"{PREFIX}([^/]+/[^/@]+)(?:@([^/]*))?/(.+)", url)
-    if match is None:
+    if (match := re.fullmatch(f"{PREFIX}([^/]+/[^/@]+)(?:@([^/]*))?/(.+)", url)) is None:
         raise UsageError(f"{url!r} is not of the form {PREFIX}owner/name[@revision]/pattern, e.g. .../*.parquet.")
     hub, revision, pattern = match.groups()
     return {"files": [pattern], "hub": hub, "revision": (revision or "main").replace("%2F", "/")}

@@ -153,8 +153,7 @@ class Packer:
     """
 
     def __init__(self, context_size: int, layout: Layout):
-        if context_size < 2:
-            raise UsageError(f"context_size is {context_size}; at least 2 is needed, one token of it is the BOS.")
+        check_whole(2, context_size=context_size)  # one token of it is the BOS
         self.context_size, self.layout = context_size, layout
         self.opening = 0 if layout.bos is None else 1
         self.room = context_size - self.opening
@@ -199,6 +198,7 @@ class Packer:
         self, batches: Iterable[tuple[list[TextDocument], list[Tokens]]], windows_per_block: int
     ) -> Iterator[PackedBlock]:
         """Yield blocks as documents come, then what is left in full windows."""
+        check_whole(1, windows_per_block=windows_per_block)
         for documents, tokens in batches:
             self.add(documents, tokens)
             while self.n_windows >= windows_per_block:

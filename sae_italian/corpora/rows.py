@@ -92,8 +92,7 @@ class TextFile(NamedTuple):
                 head = handle.read(2**20)
         with self.open() as handle:
             text = io.TextIOWrapper(handle, encoding_of(head), "replace", newline="\n")
-            while line := text.readline(MAX_LINE):
-                yield line
+            yield from iter(lambda: text.readline(MAX_LINE), "")
 
     def __str__(self) -> str:
         return self.path.removeprefix(PREFIX)
@@ -190,9 +189,8 @@ def _csv(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Cells]
     head = next((line for line in lines if line.strip()), "")
     names = {mark: [name.strip('" \r\n') for name in head.split(mark)] for mark in ",;\t|"}  # Excel writes ; in Italy
     mark = max(names, key=lambda mark: (bool(set(columns) & set(names[mark])), len(names[mark])))
-    table = csv.DictReader(
-        chain([head], lines), delimiter=mark, strict=True
-    )  # else an open quote takes in all after it
+    # strict: else an open quote takes in all after it
+    table = csv.DictReader(chain([head], lines), delimiter=mark, strict=True)
     for number in count():
         first = max(table.line_num, 1) + 1
         try:
@@ -249,8 +247,7 @@ def _arrow(shard: TextFile, columns: Sequence[str], start: int) -> Iterator[Cell
 def _table_columns(schema: pa.Schema, columns: Sequence[str]) -> list[str]:
     """Return the first text column that a table has, and `source` when it has that."""
     flat = schema.empty_table().flatten().schema
-    column = next((column for column in columns if column in flat.names), None)
-    if column is None:
+    if (column := next((column for column in columns if column in flat.names), None)) is None:
         raise _no_column(columns, schema.names)
     kind = flat.field(column).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -351,8 +348,7 @@ def local_shards(path: Path) -> list[TextFile]:
 
 
 def _kind(name: str, endings: Iterable[str]) -> str:
-    found = next((ending for ending in endings if name.lower().endswith(ending)), None)
-    if found is None:
+    if (found := next((ending for ending in endings if name.lower().endswith(ending)), None)) is None:
         raise UsageError(f"corpus file {name!r} has an unknown ending; expected one of {', '.join(endings)}.")
     return found
 

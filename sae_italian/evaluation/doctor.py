@@ -144,12 +144,14 @@ def _model_checks(sae: Any, facts: dict[str, Any]) -> Iterator[Finding]:
 
 def _bos_check(sae: Any, model: Any, tokens: Tensor) -> Finding:
     """Compare what the tokenizer adds by itself, and what opens the windows, with what model and SAE were trained on."""
-    tokenizer, metadata = model.tokenizer, sae.cfg.metadata
+    tokenizer, metadata, facts = model.tokenizer, sae.cfg.metadata, getattr(model, "loaded_from", {})
+    entry = resolve(facts["name"]).entry if facts.get("name") else None
+    by_family = model.config.model_type in ("mistral", "llama") and tokenizer.bos_token_id is not None
+    expected = by_family if entry is None or entry.bos is None else entry.bos
     bos, n = bos_id(tokenizer), len(tokens)
     opened = int((tokens[:, 0] == bos).sum())
     doubled = int(((tokens[:, :-1] == bos) & (tokens[:, 1:] == bos)).any(1).sum())
-    added, expected = bos_count(tokenizer), _tokenizer_adds_bos(model)
-    trained_with = metadata.prepend_bos is not False
+    added, trained_with = bos_count(tokenizer), metadata.prepend_bos is not False
     found = f"tokenizer adds {added}, {opened} of {n} windows open with BOS, {doubled} hold two in a row"
     if added > 1 or doubled:
         remedy = "BOS is doubled: tokenise with add_special_tokens=False, or remove it from the text or post-processor"
@@ -166,14 +168,6 @@ def _bos_check(sae: Any, model: Any, tokens: Tensor) -> Finding:
 
 def _verdict(name: str, bad: bool, found: str, remedy: str) -> Finding:
     return Finding(name, "fail", found, remedy) if bad else Finding(name, "pass", found)
-
-
-def _tokenizer_adds_bos(model: Any) -> bool:
-    facts = getattr(model, "loaded_from", {})
-    entry = resolve(facts["name"]).entry if facts.get("name") else None
-    if entry is not None and entry.bos is not None:
-        return entry.bos
-    return model.config.model_type in ("mistral", "llama") and model.tokenizer.bos_token_id is not None
 
 
 def _graded(name: str, value: float, good: float, poor: float, remedy: str, shown: str | None = None) -> Finding:

@@ -71,6 +71,7 @@ def evaluate(
     `loss_tokens` on the first so many tokens only. A transcoder is measured, and put in place, at the hook it writes.
     Raises: UsageError where SAE and model do not fit, or the corpus has fewer than `n_tokens` (`at_most`: none).
     """
+    check_whole(2, context_size=context_size)
     name = name or (str(sae) if isinstance(sae, str | Path) else "")
     sae, model, corpus = open_sae(sae, model, corpus)
     hook_in, hook_out = check_fits(sae, model, writes=True), hooks_of(sae)[1]
@@ -80,8 +81,8 @@ def evaluate(
     sums = TokenSums(getattr(sae.cfg, "d_out", sae.cfg.d_in))
     dimensions = StreamingBootstrap(1 + 3 * sums.d_out, n_samples=LATENT_RESAMPLES)
     latents, n_loss, outliers = LatentCounts(sae.cfg.d_sae), 0, None
-    marks = [n_tokens] if loss_tokens is None else sorted({min(loss_tokens, n_tokens), n_tokens})
-    found = windows_until(blocks, model.tokenizer, marks, f"the {split} split of {corpus}", at_most=at_most)
+    marks, what = [loss_tokens, n_tokens], f"the {split} split of {documents.corpus}"
+    found = windows_until(blocks, model.tokenizer, marks, what, at_most=at_most)
     for windows in paced(found, "evaluate", n_tokens, "token", size=lambda batch: len(batch.doc)):
         with_loss = loss_tokens is None or n_loss < loss_tokens
         outliers = outliers or (_outliers(model, hook_out, windows) if len(windows.doc) > 1 else None)
@@ -95,7 +96,7 @@ def evaluate(
         sae=name or str(sae.cfg.metadata.model_name),
         hook_name=hook_in,
         hook_name_out=hook_out,
-        corpus=str(corpus),
+        corpus=documents.corpus,
         split=split,
         context_size=context,
         n_tokens=latents.n_tokens,
@@ -113,14 +114,14 @@ def evaluate(
 
 
 def windows_until(
-    blocks: Iterator[PackedBlock], tokenizer: Any, marks: list[int], what: str, *, at_most: bool = False
+    blocks: Iterator[PackedBlock], tokenizer: Any, marks: list[Any], what: str, *, at_most: bool = False
 ) -> Iterator[Windows]:
-    """Yield whole windows until they hold the last of the marks in tokens that count; a batch ends at each mark.
+    """Yield whole windows until they hold the last of the marks in tokens that count; a batch ends at each, None apart.
 
     Raises: UsageError when the blocks end before; with `at_most` only when there are none.
     """
-    seen, marks = 0, list(marks)
-    check_whole(1, n_tokens=marks[-1])
+    check_whole(1, n_tokens=marks[-1] or 0, loss_tokens=marks[0])  # no corpus need have an end
+    seen, marks = 0, sorted({min(mark, marks[-1]) for mark in marks if mark is not None})
     for block in blocks:
         keep = ~special_mask(block.tokens, tokenizer) & (block.doc != NO_DOCUMENT)
         first = 0
@@ -313,7 +314,7 @@ class LatentCounts(StreamingBootstrap):
         cuts = [mark - self.n_tokens for mark in self.dead_after if 0 < mark - self.n_tokens < len(doc)]
         for own, on in zip(np.split(doc, cuts), active.tensor_split(cuts), strict=True):
             documents, index = np.unique(own, return_inverse=True)
-            counts = torch.zeros(len(documents), active.shape[1] + 1, device=active.device)
+            counts = torch.zeros(len(documents), active.shape[1] + 1, device=active.device).float()
             counts.index_add_(0, torch.from_numpy(index).to(active.device), pad(on, (0, 1), value=1).float())
             self.add_sums(documents, counts.cpu().numpy())
             self.n_tokens += len(own)

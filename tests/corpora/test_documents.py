@@ -65,6 +65,8 @@ def test_load_corpus_streams_rows_for_datasets(tmp_path):
     assert len(micro) == 3 and micro == list(load_corpus("micro-italiano", limit=3))
     with pytest.raises(UsageError, match="limit is -1"):
         load_corpus("micro-italiano", limit=-1)
+    with pytest.raises(UsageError, match="limit is 0"):  # no data set on disk is without a row
+        load_corpus("micro-italiano", limit=0, streaming=False)
 
 
 @pytest.mark.parametrize(

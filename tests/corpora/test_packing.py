@@ -106,8 +106,10 @@ def test_take_tokens_cuts_to_windows_and_refuses_a_short_corpus():
 
 
 def test_a_context_without_room_for_text():
-    with pytest.raises(UsageError, match="at least 2"):
+    with pytest.raises(UsageError, match="context_size is 1; it must be 2 or more"):
         next(pack(documents(HARD), TOKENIZERS["metaspace"], 1))
+    with pytest.raises(UsageError, match="windows_per_block is 0"):  # which would never end
+        next(pack(documents(HARD), TOKENIZERS["metaspace"], 4, windows_per_block=0))
 
 
 @pytest.mark.parametrize("context", [2, 3, 5, 8])

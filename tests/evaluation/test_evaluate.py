@@ -126,10 +126,28 @@ def test_a_transcoder_is_measured_and_put_in_place_at_its_output(mini):
     assert card.ce_loss_with_sae.value == pytest.approx(by_hand, rel=1e-5)
 
 
-@pytest.mark.parametrize("n_tokens", [0, -5, 2.5])
-def test_a_card_of_no_tokens_is_refused(identity_sae, mini, n_tokens):
-    with pytest.raises(UsageError, match=f"n_tokens is {n_tokens}; it must be 1 or more"):
-        evaluate(identity_sae, mini, "micro-italiano", n_tokens=n_tokens)
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        *(({"n_tokens": n}, f"n_tokens is {n}; it must be 1 or more") for n in (0, -5, 2.5)),
+        ({"n_tokens": None, "loss_tokens": 5}, "n_tokens is 0"),  # micro-italiano has no end
+        *(({"loss_tokens": n}, f"loss_tokens is {n}; it must be 1 or more") for n in (0, -1, 2.5)),
+        *(({"context_size": n}, "context_size is .*; it must be 2 or more") for n in (0, 1, 2.5, "5", [])),
+    ],
+)
+def test_a_card_of_no_tokens_is_refused(identity_sae, mini, how, message):
+    with pytest.raises(UsageError, match=message):
+        evaluate(identity_sae, mini, "micro-italiano", **how)
+
+
+def test_a_card_is_the_same_whatever_torch_makes_tensors_of(identity_sae, mini):
+    cards = [evaluate(identity_sae, mini, "micro-italiano", n_tokens=500)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        cards += [evaluate(identity_sae, mini, "micro-italiano", n_tokens=500)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert cards[0].l0 == cards[1].l0 and cards[0].density == cards[1].density
 
 
 def test_a_transcoder_of_another_width_is_refused(mini):
@@ -291,7 +309,7 @@ def growth(sae, mini, n_batches: int) -> tuple[int, int]:
     gc.freeze()  # what was there before is not searched for garbage again at every batch
     tracemalloc.start()
     try:
-        evaluate(sae, mini, "micro-italiano", n_tokens=n_batches * 60 - 60, context_size=64, loss_tokens=0)
+        evaluate(sae, mini, "micro-italiano", n_tokens=n_batches * 60 - 60, context_size=64, loss_tokens=1)
     finally:
         tracemalloc.stop()
         gc.unfreeze()
