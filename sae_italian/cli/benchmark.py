@@ -212,8 +212,7 @@ def _saes(words: list[str], out: Path, flags: dict[str, Any]) -> list[str]:
     folder = out.with_name(f"{out.name}-saes")
     if SUITE_KEY not in values:
         return [str(train(values, folder, **flags))]
-    suite = suite_from_dict(values)
-    if "TC" in suite.sites:
+    if "TC" in (suite := suite_from_dict(values)).sites:
         raise UsageError("baselines decompose the activations of one hook; take site TC out of the suite: sites=[R].")
     return [str(path) for path in train_suite(suite, folder, **flags)]
 

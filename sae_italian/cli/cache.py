@@ -249,8 +249,7 @@ def _scored(
     cache: Any, name: str | None, settings: LLMSettings, encoder: Path | None, subject: bool, n_scored: int
 ) -> Result:
     """Score explanations that are there with models that read them: the rules', or the language model's."""
-    store = cache.folder / STORE_FILE
-    if not store.is_file():
+    if not (store := cache.folder / STORE_FILE).is_file():
         raise UsageError(f"{cache.folder} has no explanations yet; run `sae-italian autointerp {cache.folder}` first.")
     explainer = LLMExplainer(DryClient(settings)).name if settings.explainer == "llm" else EXPLAINER
     given, judges, language = name or str(cache.manifest.model), [], settings.language

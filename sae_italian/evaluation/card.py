@@ -197,8 +197,7 @@ class EvaluationCard:
 
 def read_card(folder: str | Path) -> EvaluationCard | None:
     """Return the card that lies in an SAE's folder, None where there is none. Raises: DataError for one cut short."""
-    file = Path(folder) / CARD_JSON
-    if not file.is_file():
+    if not (file := Path(folder) / CARD_JSON).is_file():
         return None
     with understood(file, f"Make it again: sae-italian evaluate {folder}"):
         card = EvaluationCard.from_dict(read_json(file))

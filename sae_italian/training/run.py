@@ -142,9 +142,8 @@ def train_group(out: Path, group: tuple[str, Mapping[str, RunSpec]]) -> list[Pat
     return list(folders.values())
 
 
-@torch.inference_mode(
-    False
-)  # with gradients, whatever the caller has switched off, as notebooks do in their first line
+# with gradients, whatever the caller has switched off, as notebooks do in their first line
+@torch.inference_mode(False)
 def train_together(
     specs: Mapping[str, RunSpec],
     folders: Mapping[str, Path],

@@ -117,8 +117,7 @@ class WindowBlocks:
         return self
 
     def __next__(self) -> Int[np.ndarray, "windows context"]:
-        found = (self.coming or self.pool.submit(next, self.blocks, None)).result()
-        if found is None:
+        if (found := (self.coming or self.pool.submit(next, self.blocks, None)).result()) is None:
             raise StopIteration
         self.coming = self.pool.submit(next, self.blocks, None)
         tokens, self.place = found
@@ -165,8 +164,7 @@ class WindowBlocks:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a saved state, whatever was read before."""
-        packer = state["packer"] and self._packer()
-        if packer:
+        if packer := state["packer"] and self._packer():
             packer.load(state["packer"])
         self._start(state["n_blocks"], (state["corpus"], packer))
 
