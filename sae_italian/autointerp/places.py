@@ -118,8 +118,12 @@ class Places:
         token = np.append(self.form_token, -1).astype(np.int32), []
         tables = {"token": token} | {family: _numbered(own) for family, own in texts.items()}
         found = {family: _FamilyTable("here", *table) for family, table in tables.items()}
-        word = {"previous-word": _FamilyTable("word-before", *tables["word"])}
-        return found | {"previous": _FamilyTable("previous", *token)} | word | {"next": _FamilyTable("next", *token)}
+        beside = {
+            "previous": ("previous", token),
+            "previous-word": ("word-before", tables["word"]),
+            "next": ("next", token),
+        }
+        return found | {family: _FamilyTable(slot, *table) for family, (slot, table) in beside.items()}
 
     @cached_property
     def chains(self) -> dict[Family, Int[np.ndarray, " positions"]]:

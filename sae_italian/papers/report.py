@@ -70,7 +70,8 @@ def tables_of(described: dict[str, Any] | str, result: dict[str, Any]) -> list[s
     of a list.
     """
     spec = SHARED[described] if isinstance(described, str) else described
-    return [_table_of(spec, part) for part in (lookup(result, spec["each"]) if "each" in spec else [result])]
+    parts = lookup(result, spec["each"]) if "each" in spec else [result]
+    return [_table_of(spec, part) for part in parts]
 
 
 def _table_of(spec: dict[str, Any], part: Any) -> str:

@@ -75,10 +75,7 @@ def to_jumprelu(
     if raw.cfg.normalize_activations == "expected_average_only_in":
         raw.fold_activation_norm_scaling_factor(raw.cfg.d_in**0.5 / x.float().norm(dim=-1).mean().item())
     if thresholds == "calibrated" and (mode := raw.cfg.normalize_activations) != "none":
-        raise UsageError(
-            f"the SAE has normalize_activations {mode!r}, another scale for each token; a threshold of each latent is "
-            "fitted on one scale. Use thresholds=one."
-        )
+        raise UsageError(f"normalize_activations is {mode!r}: each token has a scale of its own. Use thresholds=one.")
     theta = threshold_for(raw, x[~checks], sae.cfg.k)
     folded = _with_threshold(raw, theta)
     folded.fold_W_dec_norm()

@@ -175,7 +175,7 @@ def test_others_are_refused_in_one_line(identity_sae, mini, jsonl):
         to_jumprelu(topk(True), torch.randn(40, 32), documents=torch.arange(40) // 10)
     with pytest.raises(UsageError, match="thresholds is 'each'"):
         to_jumprelu(topk(True), torch.randn(40, 32), thresholds="each")
-    with pytest.raises(UsageError, match="'layer_norm', another scale for each token; .* Use thresholds=one"):
+    with pytest.raises(UsageError, match="normalize_activations is 'layer_norm': .* Use thresholds=one"):
         to_jumprelu(topk(True, normalize_activations="layer_norm"), torch.randn(40, 32))
 
 
