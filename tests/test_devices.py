@@ -78,7 +78,7 @@ ALLOWED = {
     "benchmark/probes.py": (1, 6, "tokens of a batch; one wait a sentence, for what scikit-learn fits on the CPU"),
     "analysis/detect.py": (0, 5, "numbers of NumPy and of the feature cache"),
     "analysis/latent.py": (2, 12, "what is shown of one prompt; numbers of rows, which index on any device"),
-    "analysis/patching.py": (15, 13, "the elimination's bookkeeping is the CPU's; a wait a batch of rows"),
+    "analysis/patching.py": (14, 14, "the elimination's bookkeeping is the CPU's; a wait a batch of rows"),
     "models/activations.py": (3, 3, "texts of a handful of tokens"),
 }
 
