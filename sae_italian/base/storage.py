@@ -37,7 +37,7 @@ OURS = """
     rows.partial visited.json config.yaml index.json.gz layer_*.bin meaning.npz seeds.json choose-k.* absorption.*
 """
 # The folders that these runs make: whatever else lies in them, another run as well, stays. Other runs are made of runs.
-MADE = {"train": r"wandb(/.*)?|checkpoints(/\d+(/.*)?)?", "cache": "(random-twin/)?(tokens|acts|latents)|random-twin"}
+OWN = {"train": r"(wandb|seeds)(/.*)?|checkpoints(/\d+(/.*)?)?", "cache": "(random-twin/?)?(tokens|acts|latents|runs)?"}
 IS_WINDOWS = sys.platform == "win32"
 # Ctrl-C, `kill`, a closed terminal, and the warnings of Slurm and of a CPU limit before the time is up.
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *(() if IS_WINDOWS else (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU))]
@@ -102,8 +102,8 @@ def remove(path: Path) -> None:
 
 
 def _is_temporary(path: Path) -> bool:
-    """Return whether a path is what a killed `atomic_path` leaves, or safetensors' own way of writing (`.tmpcytWjC`)."""
-    return re.fullmatch(r"\..*\.tmp|\.tmp\w{6}", path.name) is not None
+    """Return whether a path is what a killed `atomic_path`, a training's end, or safetensors (`.tmpcytWjC`) leaves."""
+    return re.fullmatch(r"\..*\.tmp|\.tmp\w{6}|\.final", path.name) is not None
 
 
 @contextmanager
@@ -308,7 +308,7 @@ def claimed(
                 remove(left)
         elif earlier:  # who is killed here leaves what can be overwritten, not resumed
             write_json(out / RUN_FILE, {**earlier, "spec": {}})
-            _remove_ours(out, MADE.get(kind, ".*"))
+            _remove_ours(out, OWN.get(kind, ".*"))
         if not continuing or record != earlier:
             write_json(out / RUN_FILE, record)
         try:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 from safetensors.numpy import load_file
 
 from sae_italian.base.errors import DataError, UsageError
+from sae_italian.base.storage import claimed
 from sae_italian.cache import FeatureCache, Manifest, build_cache
 from sae_italian.cache.build import sae_facts
 from sae_italian.cache.layout import map_arrays
@@ -219,6 +221,21 @@ def test_a_killed_build_resumes_to_identical_bytes(trained_sae, tmp_path):
     subprocess.run([*arguments, str(out), "resume"], check=True, capture_output=True)
     assert digests(out) == digests(tmp_path / "whole")
     assert not list(out.rglob("*.tmp"))
+
+
+def test_overwriting_takes_all_of_a_cache_and_its_random_twin_and_leaves_what_is_not_ours(small_cache, tmp_path):
+    out = shutil.copytree(small_cache, tmp_path / "cache")
+    shutil.copytree(small_cache, out / "random-twin")
+    for name in (
+        "runs/0.safetensors",
+        "random-twin/runs/0.safetensors",
+        *(mine := ["mio/config.json", "runs-2/run.json"]),
+    ):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+    with claimed(out, "cache", {}, overwrite=True):
+        left = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    assert left == {"run.json", ".lock", *mine}
 
 
 def test_another_cache_in_the_folder_is_refused(small_cache, mini, trained_sae, topk_sae):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sae_italian.base import pace
 from sae_italian.base.errors import UsageError
-from sae_italian.base.storage import STOP_SIGNALS
+from sae_italian.base.storage import STOP_SIGNALS, claimed
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
 from sae_italian.training import load_config, load_spec, read_run, train
@@ -186,11 +186,24 @@ def test_a_folder_with_another_run_is_refused_and_untouched(trained_sae, small_s
 
 
 def test_overwriting_takes_a_run_of_the_same_kind_and_leaves_what_is_not_ours(small_spec, tmp_path):
-    spec, out = small_spec.model_copy(update={"training_tokens": 1024}), tmp_path / "out"
+    spec, out = small_spec.model_copy(update={"training_tokens": 1024, "seeds": 2}), tmp_path / "out"
     train(spec, out)
-    (out / "tesi.txt").write_text("mia")
+    kept = ["tesi.txt", "modello/config.json", "cache/run.json", "cache/manifest.json"]
+    for name in (
+        *kept,
+        ".final/cfg.json",
+        "checkpoints/512/a.pt",
+        "wandb/run-1/a.txt",
+        "seeds/seed-43/checkpoints/9/a.pt",
+    ):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mia")
     train(spec.model_copy(update={"seed": 1}), out, overwrite=True)
-    assert (out / "tesi.txt").read_text() == "mia" and read_run(out)["spec"]["seed"] == 1
+    assert read_run(out)["spec"]["seed"] == 1 and read_run(out / "seeds" / "seed-2")["spec"]["seed"] == 2
+    with claimed(out, "train", {}, overwrite=True):
+        left = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    assert left == {"run.json", ".lock", *kept}
+    train(spec, out, overwrite=True)
     for text, message in (
         ('{"nome": "di un altro programma"}', "holds no run of ours"),
         ('{"kind": "cache", "created": "2026", "spec": {}}', "holds a cache run, not a train run"),
