@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_italian import micro_italiano
-from sae_italian.base.errors import DataError, UsageError, check_whole, nearest
+from sae_italian.base.errors import DataError, UsageError, check_known, check_whole
 from sae_italian.base.pace import paced
 from sae_italian.base.report import INK, OURS, REFERENCE, svg
 from sae_italian.base.statistics import Estimate, mean_interval, wilson
@@ -109,8 +109,7 @@ def check_able(found: TaskScore, task: str, model: str) -> TaskScore:
 
 def _of_language(task: str, language: str) -> Any:
     known = read_yaml(Path(__file__).with_name("data") / f"{task}.yaml")
-    if language not in known:
-        raise UsageError(f"language {language!r} has no sentences of {task}. {nearest(language, ('it', 'en'))}")
+    check_known("language", known, language)
     return known[language]
 
 

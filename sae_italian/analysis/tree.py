@@ -43,7 +43,7 @@ class Node(NamedTuple):
     latent: int
     maximum: float  # its largest activation in the text that was looked at
     n_contexts: int
-    drop: Estimate | None  # mean over the parent's contexts; None for the root
+    drop: Estimate | None  # mean over contexts that did not choose it; None for the root
     examples: tuple[str, ...]  # the ends of a few contexts, the token it is active on marked «so»
     children: tuple[Node, ...]
 
@@ -80,7 +80,7 @@ def _draw(axis: Any, node: Node, x: int, row: int) -> float:
         row += child.leaves()
     y = sum(heights) / len(heights) if heights else float(row)
     for child, height in zip(node.children, heights, strict=True):
-        share = 0.0 if child.drop is None else min(1.0, child.drop.value)
+        share = 0.0 if child.drop is None else max(0.0, min(1.0, child.drop.value))
         axis.plot((x - 0.28, x), (height, y), color=OURS, linewidth=0.5 + 4 * share, alpha=0.5, zorder=0)
         axis.text(x - 0.2, 0.7 * height + 0.3 * y - 0.08, f"−{share:.0%}", fontsize=7, color=REFERENCE)
     axis.text(x, y - 0.12, f"{node.sae} {node.latent}", fontsize=9, fontweight="bold", va="center")
@@ -112,9 +112,7 @@ def causal_tree(
     hooks = [edit_hooks(sae, model)[0] for _, sae in saes]
     layers = [activations.resolve_hook(model, hook)[0].layer for hook in hooks]
     if any(later <= earlier for earlier, later in pairwise(layers)):
-        raise UsageError(
-            f"the SAEs read at {', '.join(hooks)}; give them in the order of their layers, the target last."
-        )
+        raise UsageError(f"the SAEs read at {', '.join(hooks)}; give them in the order of layers, the target last.")
     written_directions(saes[-1][1], [latent])  # refuses a latent that there is not, before any text is read
     context = activations.check_context(context_size, model.config)
     windows = corpus_windows(model, corpus, context, n_tokens, "heldout")
@@ -173,12 +171,14 @@ class _Growth:
         return [(self.tokens[w, : p + 1], float(activation[w, p])) for w, p in sorted(chosen.items())]
 
     def _causes(self, level: int, latent: int, contexts: list[Context]) -> list[tuple[int, Estimate]]:
-        """Return the latents of the level before that lower this one most, and their mean drop over the contexts."""
+        """Return the earlier latents that lower this one most in half of the contexts, with their mean drop in the rest."""
         what = f"{self.saes[level][0]} {latent}"
         parts = [self._falls(level, latent, *context) for context in paced(contexts, what, len(contexts), "context")]
         falls: Any = pd.concat(parts, axis=1).fillna(0.0).sort_index()  # [latents, contexts]
-        means: Any = falls.mean(axis=1).sort_values(ascending=False, kind="stable")[: self.branches]
-        return [(int(other), mean_interval(falls.loc[other].to_numpy())) for other in means.index[means > LEAST_DROP]]
+        half = len(contexts) // 2  # the largest of many is smaller where it was not chosen
+        means = falls.iloc[:, : half or 1].mean(axis=1).nlargest(self.branches)
+        drops = falls.iloc[:, half:].loc
+        return [(int(other), mean_interval(drops[other].to_numpy())) for other in means.index[means > LEAST_DROP]]
 
     @torch.no_grad()
     def _falls(self, level: int, latent: int, tokens: Int[Tensor, " pos"], activation: float) -> pd.Series:

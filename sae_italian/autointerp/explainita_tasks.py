@@ -29,6 +29,7 @@ from sae_italian.autointerp.store import Explanation
 from sae_italian.autointerp.wording import Language, statement
 from sae_italian.base.errors import UsageError
 from sae_italian.base.pace import progress
+from sae_italian.base.report import plain
 from sae_italian.base.statistics import bootstrap, mean_interval
 from sae_italian.base.units import in_threads
 from sae_italian.models.activations import read_activations
@@ -177,8 +178,7 @@ def evaluate_explanations(
         texts.append([str(latent.explanation) for latent in latents])
     layer = DEFAULT_LAYER if layer is None and model == DEFAULT_MODEL else layer
     try:
-        score = import_module("bert_score").score  # an optional extra
-        values = score(*texts, model_type=model, num_layers=layer, verbose=False)
+        values = import_module("bert_score").score(*texts, model_type=model, num_layers=layer, verbose=False)
     except ImportError as error:
         raise UsageError("BERTScore needs bert-score. Install it: pip install 'sae-italian[bertscore]'.") from error
     except KeyError as error:
@@ -187,7 +187,7 @@ def evaluate_explanations(
         raise UsageError(f"{model} cannot be loaded here ({error}); give --bert a local folder.") from error
     same = [one.casefold().split() == other.casefold().split() for one, other in zip(*texts, strict=True)]
     named = zip(("precision", "recall", "f1"), values, strict=True)
-    means = {f"bertscore_{name}": mean_interval(np.asarray(value)).as_dict() for name, value in named}
+    means = {f"bertscore_{name}": plain(mean_interval(np.asarray(value))) for name, value in named}
     facts = {"task": 1, "latents": len(same), "model": model, "layer": layer, **means}
     return {**facts, "identical": float(np.mean(same))}
 
@@ -208,7 +208,7 @@ def evaluate_sequences(predicted: Sequence[Latent], gold: Sequence[Latent]) -> d
     both = (sums[:, :2].sum(1) > 0) & (sums[:, 2:].sum(1) > 0)
     metrics["balanced_accuracy_by_latent"] = mean_interval(_rates(sums[both])["balanced_accuracy"])
     facts = {"latents": len(ours), "sequences": int(sums.sum()), "positive": int(sums[:, :2].sum())}
-    return {"task": 2, **facts, **{name: metric.as_dict() for name, metric in metrics.items()}}
+    return {"task": 2, **facts, **plain(metrics)}
 
 
 def _labels(mine: Latent, truth: Latent) -> Bool[np.ndarray, "2 sequences"]:

@@ -244,7 +244,7 @@ def means(path: Path, explainer: str, judges: Sequence[str], twin: Path | None =
             found = scores.values(*which)
             pairs = [(found[latent], detected[latent]) for latent in sorted(found.keys() & detected.keys())]
             ranks = rankdata(pairs or np.empty((0, 2)), axis=0)
-            theirs = of_twin.get((judge, *which), NOTHING.as_dict())
+            theirs = of_twin.get((judge, *which), plain(NOTHING))
             row: dict[str, Any] = {
                 "judge": judge,
                 "scorer": which[0],
@@ -253,13 +253,13 @@ def means(path: Path, explainer: str, judges: Sequence[str], twin: Path | None =
                 "n": len(found),
                 # texts longer than the context, divergences out of reach
                 "n_failed": len(scores.found.get(("", *_whole(*which)), ())) - len(found),
-                **scores.mean(*which).as_dict(),
-                "rank_with_detection": correlation(*ranks.T).as_dict(),
+                **plain(scores.mean(*which)),
+                "rank_with_detection": plain(correlation(*ranks.T)),
                 "random_twin": {name: theirs[name] for name in Estimate._fields},
             }
             for control in (SHUFFLED, NOTHING_SAID):
                 theirs, over = scores.over(control, *which)
-                row |= {control: theirs.as_dict(), f"over_{control}": over.as_dict()}
+                row |= plain({control: theirs, f"over_{control}": over})
             rows.append(row)
     return rows
 

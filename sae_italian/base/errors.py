@@ -28,6 +28,13 @@ def check_whole(least: int, **given: object) -> None:
             raise UsageError(f"{name} is {value!r}; it must be {least} or more, a whole number.")
 
 
+def check_known(what: str, known: Iterable[str], *given: object) -> None:
+    """Raise UsageError, with the nearest one, for the first name given that is not among the known ones."""
+    for name in given:
+        if name not in list(known):
+            raise UsageError(f"{what} {name!r:.80} is unknown. {nearest(name, known)}")
+
+
 def nearest(name: object, options: Iterable[str], limit: int = 8) -> str:
     """Return the end of an error message: the nearest valid name, or the valid ones when none is near."""
     known = {option.lower(): option for option in options}

@@ -18,14 +18,9 @@ class Estimate(NamedTuple):
     lo: float
     hi: float
 
-    def as_dict(self) -> dict[str, float | None]:
-        """Return value, lo and hi with None for NaN, as JSON wants it."""
-        return dict(zip(self._fields, self.finite(), strict=True))
-
-    def finite(self) -> tuple[float | None, float | None, float | None]:
+    def finite(self) -> tuple[float | None, ...]:
         """Return value, lo and hi with None for NaN and infinities."""
-        value, lo, hi = (float(x) if isfinite(x) else None for x in self)
-        return value, lo, hi
+        return tuple(float(x) if isfinite(x) else None for x in self)
 
 
 KEPT_WEIGHTS = 2**21  # numbers: 16 MB
@@ -43,7 +38,13 @@ def bootstrap(
 
     The quantities are sums within a cluster, so any ratio of sums is resampled exactly by weighting the rows.
     """
-    return interval(*_resampled(sums, statistic, n_samples, seed), len(sums)) if len(sums) else NOTHING
+    if not (n := len(sums)):
+        return NOTHING
+    sums = np.asarray(sums, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weights = (_weights if n_samples * n <= KEPT_WEIGHTS else _weights.__wrapped__)(n, n_samples, seed)
+        value, resampled = statistic(sums.sum(axis=0, keepdims=True)), statistic(weights @ sums)
+    return interval(float(value[0]), resampled, n)
 
 
 def mean_interval(values: Float[np.ndarray, " n"], *, seed: int = 0) -> Estimate:
@@ -99,15 +100,6 @@ def _of_pairs(x: np.ndarray, y: np.ndarray, statistic: Callable[..., Float[np.nd
         return statistic(aa / n - (a / n) ** 2, bb / n - (b / n) ** 2, ab / n - a * b / n**2)
 
     return bootstrap(np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1), of_sums)
-
-
-def _resampled(
-    sums: np.ndarray, statistic: Statistic, n_samples: int, seed: int
-) -> tuple[float, Float[np.ndarray, " samples"]]:
-    sums = np.asarray(sums, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        draw = _weights if n_samples * len(sums) <= KEPT_WEIGHTS else _weights.__wrapped__
-        return float(statistic(sums.sum(axis=0, keepdims=True))[0]), statistic(draw(len(sums), n_samples, seed) @ sums)
 
 
 @lru_cache(maxsize=4)

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import sae_italian
-from sae_italian.base.errors import SaeItalianError, UsageError, nearest
+from sae_italian.base.errors import SaeItalianError, UsageError, check_known
 from sae_italian.base.storage import STOP_SIGNALS
 
 Engine = Literal["local", "ray"]
@@ -67,8 +67,7 @@ def map_units(
     Raises: UsageError for an engine that is unknown, not installed or not reached, for a folder that is not shared, and
     when a worker died; what a unit raises, unchanged, with the worker's traceback as its cause unless it is ours.
     """
-    if engine not in get_args(Engine):
-        raise UsageError(f"engine {engine!r} is unknown. {nearest(engine, get_args(Engine))}")
+    check_known("engine", get_args(Engine), engine)
     waiting: deque[Any] = deque()
     if engine == "ray":
         return _in_order(_on_ray(waiting, connect(address, workers), function, folder, gpus), waiting, units)

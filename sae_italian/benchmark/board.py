@@ -342,7 +342,7 @@ def saebench(entry: Entry) -> dict[str, Any]:
     (train, test), names = entry.facts["most"], [detail["dataset_name"] for detail in details]
     config = {"random_seed": 0, "dataset_names": names, "k_values": [int(k) for k in by_k]}
     config |= {"probe_train_set_size": train, "probe_test_set_size": test, "model_name": entry.facts["model"] or ""}
-    headlines = {column: entry.estimate(column).as_dict() for column in COLUMNS}
+    headlines = {column: plain(entry.estimate(column)) for column in COLUMNS}
     beside = {"headline": headlines, "problems": {p: _beside(row) for p, row in entry.problems.iterrows()}}
     release, _, sae_id = entry.name.rpartition(":")
     return {

@@ -25,7 +25,7 @@ import numpy as np
 from sae_italian import micro_italiano
 from sae_italian.analysis.tasks import agreement_pairs
 from sae_italian.analysis.treebank import FEATURES, Word, read_treebank
-from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.errors import DataError, UsageError, check_known
 from sae_italian.base.storage import read_yaml
 from sae_italian.corpora.catalogue import PREFIX, list_files, open_file
 from sae_italian.corpora.stream import MICRO_ITALIANO, iter_documents
@@ -356,8 +356,7 @@ def gather(
     sources: Collection[str] = SOURCES,
 ) -> Material:
     """Return the passages of sources that run offline: treebanks and corpora as they are given, grammar and lists always."""
-    if unknown := [name for name in sources if name not in SOURCES]:
-        raise UsageError(f"source {unknown[0]!r} is unknown. {nearest(unknown[0], SOURCES)}")
+    check_known("source", SOURCES, *sources)
     if len(texts or {}) == 1:
         raise UsageError("one corpus has no genres to tell apart; give two or more: --texts NAME=CORPUS NAME=CORPUS.")
     banks, micro = treebank_passages(treebanks), micro_passages()

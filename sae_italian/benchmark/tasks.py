@@ -16,7 +16,7 @@ import pandas as pd
 from jaxtyping import Bool, Int
 from pydantic import BaseModel, ConfigDict
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import check_known
 from sae_italian.base.storage import read_yaml
 from sae_italian.benchmark.material import Material, Passage, hub_sets, is_test
 
@@ -89,13 +89,11 @@ def hub_tasks() -> list[ProbingTask]:
 
 def chosen(tasks: Sequence[ProbingTask], preset: str, names: str) -> list[ProbingTask]:
     """Return the tasks of a preset, or those named with commas. Raises: UsageError for an unknown one."""
-    if preset not in ("quick", "full"):
-        raise UsageError(f"preset {preset!r} is unknown. {nearest(preset, ('quick', 'full'))}")
+    check_known("preset", ("quick", "full"), preset)
     if not names:
         return [task for task in tasks if preset == "full" or task.quick]
     known = {task.id: task for task in tasks}
-    if unknown := [name for name in names.split(",") if name not in known]:
-        raise UsageError(f"task {unknown[0]!r} is unknown. {nearest(unknown[0], known)}")
+    check_known("task", known, *names.split(","))
     return [known[name] for name in names.split(",")]
 
 

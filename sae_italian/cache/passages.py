@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sae_italian.base.errors import UsageError, check_whole, nearest
+from sae_italian.base.errors import check_known, check_whole
 from sae_italian.base.report import OURS, Picture, framed, svg
 from sae_italian.corpora.packing import NO_DOCUMENT
 
@@ -149,8 +149,7 @@ class LatentActivations:
         the corpus, without any activation. `same-token`: silent too, but holding one of the latent's strongest tokens.
         Raises: UsageError for another kind.
         """
-        if kind not in KINDS:
-            raise UsageError(f"window kind {kind!r} is unknown. {nearest(kind, KINDS)}")
+        check_known("window kind", KINDS, kind)
         check_whole(0, n=n, seed=seed)
         check_whole(1, width=width, bins=bins)
         n, width = int(n), min(int(width), self.cache.manifest.context_size)

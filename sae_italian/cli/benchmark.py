@@ -17,7 +17,7 @@ from sae_italian.autointerp.explainita_tasks import predict as answer
 from sae_italian.autointerp.llm import LLMOptions
 from sae_italian.autointerp.llm.askers import LLMExplainer, LLMJudge
 from sae_italian.autointerp.llm.calls import DryClient
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import UsageError, check_known
 from sae_italian.base.labels import read_words
 from sae_italian.base.pace import is_bounded
 from sae_italian.base.report import plain, table
@@ -26,7 +26,7 @@ from sae_italian.benchmark.absorption import absorption as absorbed
 from sae_italian.cli import Folder, Many, Model, Result, Seed, Source, named, numbers, own_words, short_names
 from sae_italian.corpora.stream import check_corpus
 from sae_italian.saes import model_of
-from sae_italian.saes.baselines import KINDS, TOPK, check_kinds, fit_baselines, random_twin
+from sae_italian.saes.baselines import KINDS, TOPK, fit_baselines, random_twin
 
 WORDS = {"tasks": "", "seeds": 5, "baselines": "", "wandb": ""}
 Task = Annotated[Literal[1, 2], Parameter(help="The task: 1 explanations, 2 sequences.")]
@@ -62,7 +62,7 @@ def benchmark(
         boards = bench.leaderboard(out)
         text = "\n\n".join(board.markdown() for board in boards)
         return Result([plain(board) for board in boards], f"{text}\n\nleaderboard: {out / 'leaderboard.html'}")
-    check_kinds(kinds := [kind for kind in settings["baselines"].split(",") if kind], (*KINDS, "twin"))
+    check_known("baseline", (*KINDS, "twin"), *(kinds := [kind for kind in settings["baselines"].split(",") if kind]))
     given, genres, offline = short_names(names), named("--texts", texts), sets == "offline"
     for corpus in genres.values():  # also of tasks that are not asked
         check_corpus(corpus)

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import UInt64
 
-from sae_italian.base.errors import UsageError, check_whole, nearest
+from sae_italian.base.errors import check_known, check_whole
 
 LANGUAGE_CHARS = 2000  # of a document's beginning, enough to tell its language
 MIN_ITALIAN_CHARS = 20  # below, no detector knows; kept
@@ -69,9 +69,8 @@ class Reader:
     def __post_init__(self) -> None:
         check_whole(0, min_chars=self.min_chars)
         check_whole(1, capacity=self.capacity, max_chars=self.max_chars)
-        for name, known in (("split", get_args(Split)), ("on_broken", ("refuse", "skip"))):
-            if getattr(self, name) not in known:
-                raise UsageError(f"{name} {getattr(self, name)!r} is unknown. {nearest(getattr(self, name), known)}")
+        check_known("split", get_args(Split), self.split)
+        check_known("on_broken", ("refuse", "skip"), self.on_broken)
 
 
 class BloomFilter:

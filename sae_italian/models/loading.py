@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 from unittest.mock import patch
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, check_known
 from sae_italian.base.hub import explain
 from sae_italian.models.catalogue import ResolvedModel, config_differences, record_of, resolve
 from sae_italian.models.hooks import SITES
@@ -53,9 +53,8 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    for what, given, known in (("backend", backend, BACKENDS), ("dtype", dtype, DTYPES)):
-        if given not in known:
-            raise UsageError(f"{what} {given!r} is unknown. {nearest(given, known)}")
+    check_known("backend", BACKENDS, backend)
+    check_known("dtype", DTYPES, dtype)
     device = device_of(device)
     resolved = resolve(name)
     longest = getattr(load_model_config(name), "max_position_embeddings", None)

@@ -144,7 +144,7 @@ def _moments(job: Reproduction, results: Results) -> dict[str, Any]:
         ]
     score, skew, kurtosis = np.array(found).reshape(-1, 3).T
     correlations = {"skew": correlation(score, skew), "kurtosis": correlation(score, kurtosis)}
-    return {"n_latents": len(found), **{name: value.as_dict() for name, value in correlations.items()}}
+    return {"n_latents": len(found), **plain(correlations)}
 
 
 def _ioi(job: Reproduction, results: Results) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, check_known
 from sae_italian.base.labels import kinds_of, read_words
 from sae_italian.base.pace import Pace, time_bound
 from sae_italian.base.storage import read_json, read_yaml, utc_now, write_json
@@ -258,6 +258,5 @@ PAPERS = {
 
 def paper(name: str) -> Paper:
     """Return one paper. Raises: UsageError for an unknown one, naming the nearest."""
-    if name not in PAPERS:
-        raise UsageError(f"paper {name!r} is unknown. {nearest(name, PAPERS)}")
+    check_known("paper", PAPERS, name)
     return PAPERS[name]

@@ -21,7 +21,7 @@ from torch import Tensor
 from sae_italian.autointerp import AutointerpConfig, random_sae_control, run_autointerp, summarise
 from sae_italian.autointerp.run import EXPLAINER, STORE_FILE
 from sae_italian.autointerp.store import Store
-from sae_italian.base.errors import UsageError, check_whole
+from sae_italian.base.errors import UsageError, check_known, check_whole
 from sae_italian.base.pace import progress
 from sae_italian.base.report import plain
 from sae_italian.base.storage import claimed, path_of, remove, write_json, write_text
@@ -34,7 +34,7 @@ from sae_italian.models import parse_hook_name
 from sae_italian.papers.job import Reproduction, Subject, kept, open_subject
 from sae_italian.papers.report import SHARED, baselines_svg, dictionary_name, section_of, shown
 from sae_italian.saes import check_fits, full_name, load_sae, weights_hash
-from sae_italian.saes.baselines import DEFAULT_KINDS, TOPK, check_kinds, fit_baselines, rescaled, with_top_k
+from sae_italian.saes.baselines import DEFAULT_KINDS, KINDS, TOPK, fit_baselines, rescaled, with_top_k
 from sae_italian.saes.fit import fit
 from sae_italian.training import ActivationStream
 from sae_italian.training.text import documents_of
@@ -189,7 +189,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_kinds(self.kinds)
+        check_known("baseline", KINDS, *self.kinds)
         check_whole(0, seed=self.seed)
         check_whole(1, **{name: size for name, size in vars(self).items() if name not in ("kinds", "seed")})
 

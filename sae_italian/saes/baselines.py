@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, check_known
 from sae_italian.saes.fit import encoded, firing_counts, mean_l0
 from sae_italian.saes.loading import weights_hash
 
@@ -61,7 +61,7 @@ def fit_baselines(
     before they converge, the metadata say `converged: False`.
     Raises: UsageError for an unknown kind, a transcoder, NMF of negative activations, or too few tokens to fit.
     """
-    check_kinds(kinds)
+    check_known("baseline", KINDS, *kinds)
     if sae.cfg.metadata.hook_name_out:
         raise UsageError("baselines decompose the activations of one hook; a transcoder has two. Give an SAE.")
     sample, mean, covariance = _read(activations, n_tokens, ica_tokens, sae.cfg.d_in, seed)
@@ -78,13 +78,6 @@ def fit_baselines(
             baseline = _sae(weights, sae, metadata, apply_b_dec_to_input=True, **top)
             found[name] = rescaled(baseline, sample) if kind == "random" else baseline
     return found
-
-
-def check_kinds(kinds: Iterable[str], known: Sequence[str] = KINDS) -> None:
-    """Raise UsageError for a kind of baseline that is not known."""
-    for kind in kinds:
-        if kind not in known:
-            raise UsageError(f"baseline {kind!r} is unknown. {nearest(kind, known)}")
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, check_known, nearest
 from sae_italian.base.hub import explain
 from sae_italian.base.storage import packaged_yaml
 from sae_italian.models.catalogue import catalogue
@@ -56,8 +56,7 @@ def find_release(name: str) -> dict[str, Any]:
     """Return a release of ours or of SAELens. Raises: UsageError, with the nearest name, for another."""
     if name in releases():
         return releases()[name]
-    if name not in _of_saelens():
-        raise UsageError(f"SAE release {name!r} is unknown. {nearest(name, [*releases(), *_of_saelens()])}")
+    check_known("SAE release", [*releases(), *_of_saelens()], name)
     fields = packaged_yaml(_of_saelens()[name])[name]
     saes = {sae["id"]: str(sae["path"]) for sae in fields["saes"]}
     return {**UNSAID, **fields, "name": name, "saes": saes, **_published()["theirs"].get(name, {})}

@@ -19,7 +19,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY as KNOWN
 
-from sae_italian.base.errors import DataError, UsageError, nearest
+from sae_italian.base.errors import DataError, UsageError, check_known, nearest
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.labels import read_word, refusal
 from sae_italian.base.storage import RUN_FILE, path_of, read_yaml, record_in
@@ -173,8 +173,7 @@ class RunSpec(BaseModel):
         """Return SAELens' config class and its fields as `sae` gives them, of the types the class declares."""
         given = dict(self.sae)
         name = given.pop("architecture", None)
-        if not isinstance(name, str) or name not in KNOWN:
-            raise UsageError(f"sae.architecture {name!r} is unknown. {nearest(str(name), KNOWN)}")
+        check_known("sae.architecture", KNOWN, name)
         config_class = self._config_class(name, given)
         valid = sorted({field.name for field in fields(config_class)} - {"metadata", "device"})
         # our tied SAE and transcoders know no other; with the auxiliary loss no token has its own scale

@@ -8,6 +8,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from sae_italian.base import statistics
+from sae_italian.base.report import plain as as_json
 from sae_italian.base.statistics import (
     Estimate,
     StreamingBootstrap,
@@ -33,7 +34,7 @@ def expanded(n: int) -> float:
 def test_an_estimate_is_written_with_none_for_what_json_cannot_say():
     found = Estimate(np.float32(0.5), nan, float("inf"))
     assert found.finite() == (0.5, None, None) and type(found.finite()[0]) is float
-    assert found.as_dict() == {"value": 0.5, "lo": None, "hi": None}
+    assert as_json(found) == {"value": 0.5, "lo": None, "hi": None}
 
 
 def test_the_interval_is_the_quantiles_of_what_is_finite():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_italian.autointerp.morphology import kinds_of, lemma_of
-from sae_italian.base.report import table
+from sae_italian.base.report import plain, table
 from sae_italian.base.statistics import wilson
 
 Facts = set[str]  # of a surface word: its parts of speech and features, those of all the words that it contracts
@@ -82,10 +82,10 @@ def bench_titles(folder: Path) -> tuple[Any, str]:
             both[kind] += kind in kinds and gold <= facts
     rows = {}
     for kind in GOLD:
-        rows[kind] = {"said": said[kind], "precision": wilson(both[kind], said[kind]).as_dict(),
-                      "recall": wilson(both[kind], true[kind]).as_dict()}  # fmt: skip
+        rows[kind] = {"said": said[kind], "precision": plain(wilson(both[kind], said[kind])),
+                      "recall": plain(wilson(both[kind], true[kind]))}  # fmt: skip
     right = wilson(lemmas[True], lemmas.total())
     lines = [[kind, row["said"], *(f"{100 * row[name]['value']:.1f} %" for name in ("precision", "recall"))]
              for kind, row in rows.items() if row["said"]]  # fmt: skip
     lines.append(["lemma", lemmas.total(), f"{100 * right.value:.1f} %", ""])
-    return {"n_words": len(words), "kinds": rows, "lemma": right.as_dict()}, table("kind | said | right | found", lines)
+    return {"n_words": len(words), "kinds": rows, "lemma": plain(right)}, table("kind | said | right | found", lines)

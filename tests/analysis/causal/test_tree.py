@@ -3,6 +3,8 @@
 import copy
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -42,8 +44,8 @@ def planted(layers):
 
 def test_the_causes_are_found_with_their_shares(mini, planted):
     before, target = planted
-    root = causal_tree(mini, [("before", before), ("target", target)], TARGET, **OPTIONS | {"n_contexts": 5})
-    assert (root.latent, root.n_contexts, root.drop) == (TARGET, 5, None) and root.maximum > 0
+    root = causal_tree(mini, [("before", before), ("target", target)], TARGET, **OPTIONS | {"n_contexts": 12})
+    assert (root.latent, root.n_contexts, root.drop) == (TARGET, 12, None) and root.maximum > 0
     assert {child.latent for child in root.children} <= {CAUSE, DECOY, CAUSE + 128, DECOY + 128}
     first = root.children[0]
     assert first.drop.value > 0.3 and first.drop.lo <= first.drop.value <= first.drop.hi
@@ -59,6 +61,21 @@ def test_ablating_the_only_cause_silences_the_target(mini, planted):
     assert root.children[0].drop.value == pytest.approx(1, abs=1e-4)
     one = causal_tree(mini, [("before", before), ("target", target)], TARGET, **OPTIONS | {"n_contexts": 1})
     assert "-100%  " in one.text()  # without the interval that one context does not have
+
+
+def test_a_drop_is_measured_where_it_did_not_choose_its_latent():
+    """Of 100 latents that change nothing but by noise, the largest drop of the contexts that chose it is far from 0."""
+
+    class Noise(_Growth):
+        def _falls(self, *_):
+            return pd.Series(rng.normal(0, 0.3, 100))
+
+    held = []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        growth = Noise(None, [("a", None), ("b", None)], ["", ""], torch.empty(0), {}, 2, 20, seed)
+        held += [drop.lo < 0 < drop.hi for _, drop in growth._causes(1, 0, [(torch.empty(0), 1.0)] * 20)]
+    assert len(held) == 60 and np.mean(held) > 0.85  # 95 %; of the contexts that chose them none
 
 
 def test_contexts_are_of_windows_in_which_it_is_half_as_active_as_ever():
@@ -92,7 +109,7 @@ def test_bad_input_is_refused_in_one_line(mini, layers):
     never.b_enc.data[5] = -1e6
     cases = [
         ([("a", first)], 5, "at least two layers"),
-        ([("b", second), ("a", first)], 5, "in the order of their layers"),
+        ([("b", second), ("a", first)], 5, "in the order of layers"),
         ([("a", first), ("b", second)], 1000, "latents 0 to 255"),
         ([("a", first), ("c", never)], 5, "never active in [0-9,]+ tokens"),
     ]

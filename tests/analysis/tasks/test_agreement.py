@@ -72,7 +72,7 @@ def test_english_pairs_need_the_number_of_the_first_noun_alone():
     for kind in ("subject-verb", "subject-verb, attractor"):
         right = Counter(pair.right.split()[-1] in ("are", "were", "have") for pair in pairs if pair.kind == kind)
         assert right[True] == right[False]
-    with pytest.raises(UsageError, match="language 'eng' has no sentences of agreement. Did you mean 'en'"):
+    with pytest.raises(UsageError, match="language 'eng' is unknown. Did you mean 'en'"):
         agreement_pairs(1, language="eng")
 
 
