@@ -27,7 +27,7 @@ from sae_italian.autointerp.store import NOW
 from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.pace import progress
-from sae_italian.base.storage import atomic_path, claimed, path_of, read_json, write_text
+from sae_italian.base.storage import atomic_path, claimed, fingerprint, path_of, read_json, write_text
 from sae_italian.browser.contexts import storable
 from sae_italian.browser.directions import rounded
 from sae_italian.browser.exports.latents import Facts, Latents, facts_of, make_row, names_of, row_id, tables
@@ -252,8 +252,10 @@ def export(
     called, wanted = names_of(manifest, **(names or {})), range(first, last + 1)
     here = sae is not None and model is not None
     spec = {"to": to, "manifest": manifest.identity(), "latents": [first, last], "names": called, "with_sae": here}
-    with claimed(out, "export", spec, resume=resume, overwrite=overwrite):
-        source = LatentSource(cache, tokenizer, sae=sae, model=model)
+    source = LatentSource(cache, tokenizer, sae=sae, model=model)
+    # rows of before other explanations and of after them are no one export
+    told = {"explained": fingerprint(str([source.explanations, source.scores, source.labels]))}
+    with claimed(out, "export", spec | told, resume=resume, overwrite=overwrite, defaults=told):
         with progress(to, total=len(wanted), unit="latent") as bar:
             if to == "wandb":
                 return Export(to, _wandb(out, Latents(source), wanted, project, online), len(wanted), [])

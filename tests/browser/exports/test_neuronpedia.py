@@ -3,6 +3,8 @@
 import gzip
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -173,6 +175,20 @@ def test_the_same_cache_gives_the_same_rows_and_a_stopped_export_goes_on(bulk, c
     with pytest.raises(UsageError, match="--resume"):
         export(*arguments, **options)
     assert lines(export(*arguments, **options, resume=True), "activations") == first
+
+
+def test_rows_of_other_explanations_are_not_put_beside_those_of_before(cache, sae, mini, tmp_path):
+    folder = shutil.copytree(cache.folder, tmp_path / "cache")
+    arguments = (FeatureCache.open(folder), mini.tokenizer, tmp_path / "again", "neuronpedia-bulk")
+    options = {"sae": sae, "model": mini, "latents": LATENTS}
+    export(*arguments, **options)
+    with closing(sqlite3.connect(folder / STORE_FILE)) as store, store:
+        assert store.execute("UPDATE explanation SET text_en = 'other'").rowcount
+    with pytest.raises(UsageError, match="explained was '.*', is now '.*--overwrite"):
+        export(*arguments, **options, resume=True)
+    assert {row["description"] for row in lines(export(*arguments, **options, overwrite=True), "explanations")} >= {
+        "other"
+    }
 
 
 def damage(folder, name, change):
