@@ -86,6 +86,15 @@ def kinds_of(word: str) -> tuple[str, ...]:
     return *found, f"lemma {lemma}"
 
 
+def enclitic(word: str) -> str | None:
+    """Return the pronouns that an infinitive or gerund ends in, e.g. `lo` of `vederlo`, `glielo`, or None.
+
+    Of the words that look like it, half are others (`capitale`, `diversi`): the lemmatiser tells them, where there is one.
+    """
+    match = _ENCLITIC.search(word)
+    return match[2] if match and match.start() and (not find_spec(LEXICON) or _without_clitic(word)) else None
+
+
 def _without_clitic(word: str) -> tuple[str, ...]:
     """Return the kinds of an infinitive or gerund with a pronoun at its end; () for others."""
     from simplemma import is_known

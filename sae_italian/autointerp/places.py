@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sae_italian.autointerp.draws import ExampleSource
-from sae_italian.autointerp.morphology import KindTable, table_of_kinds
+from sae_italian.autointerp.morphology import KindTable, enclitic, table_of_kinds
 
 Family = str
 """A kind of key: token, word, suffix2 to suffix5, prefix3, prefix4, shape and clitic of the position itself; previous,
@@ -27,10 +27,6 @@ Slot = Literal["here", "previous", "word-before", "next"]
 SUFFIXES: dict[Family, int] = {"suffix2": 2, "suffix3": 3, "suffix4": 4, "suffix5": 5}
 PREFIXES: dict[Family, int] = {"prefix3": 3, "prefix4": 4}
 LONGEST_WORD = 16  # pieces; a longer run is cut
-_CLITIC = re.compile(
-    r"(?:ando|endo|[aei]r|at[oaei]|ut[oaei]|it[oaei])"
-    r"((?:me|te|se|ce|ve|glie)?(?:lo|la|li|le|ne)|mi|ti|si|ci|vi|gli)$"
-)
 _WORD_END = re.compile(r"(\w+['’]?|[^\w\s]+|\s*)$")
 
 
@@ -225,12 +221,6 @@ def shape_of(word: str) -> str:
     if word[0].isupper():
         return "capital"
     return "accented ending" if word[-1] in "àèéìíòóù" else "lower case"
-
-
-def enclitic(word: str) -> str | None:
-    """Return the pronouns that an infinitive, gerund or participle ends in, e.g. `lo` of `vederlo`, `glielo`, or None."""
-    match = _CLITIC.search(word)
-    return match[1] if match and len(word) > len(match[0]) else None
 
 
 def _numbered(texts: list[str | None]) -> tuple[Int[np.ndarray, " n_and_none"], list[str]]:

@@ -22,7 +22,8 @@ from sae_italian.autointerp.choose import (
 )
 from sae_italian.autointerp.draws import Activity
 from sae_italian.autointerp.examples import RuleJudge, latent_examples
-from sae_italian.autointerp.places import View, enclitic, piece_bytes, piece_texts, shape_of
+from sae_italian.autointerp.morphology import enclitic
+from sae_italian.autointerp.places import View, piece_bytes, piece_texts, shape_of
 from sae_italian.autointerp.rules import Counts, KeyRule, Path, Tally, TreeRule, TrieRule, rule_of
 from sae_italian.autointerp.scorers.budget import BUDGETS
 from sae_italian.autointerp.store import Store
@@ -169,8 +170,24 @@ def test_shapes(word, shape):
         ("dandoglielo", "glielo"),
         ("alzarsi", "si"),
         ("parlarne", "ne"),
-        ("guardatolo", "lo"),
+        ("vedendola", "la"),
+        ("farlo", "lo"),
         ("vistolo", None),
+        *(
+            (word, None)
+            for word in [
+                "titolo",
+                "capitale",
+                "natale",
+                "digitale",
+                "merci",
+                "carne",
+                "diversi",
+                "parti",
+                "parla",
+                "certi",
+            ]
+        ),
         ("casa", None),
     ],
 )
