@@ -30,6 +30,7 @@ from sae_italian.models.activations import read_activations
 FEATURES = ("Gender", "Number", "Person", "Tense", "Mood", "VerbForm")
 COMBINED = (("Gender", "Number"), ("Person", "Number"), ("Mood", "Tense"))
 MICRO_DOCUMENTS = 600
+SECOND_WORDS = {"contracted": "DET", "clitic": "PRON"}  # of «della» and «vederla», by what MicroItaliano says of them
 THRESHOLDS = (0.0, 0.25, 0.5)  # of a latent's maximum, above which it says yes
 _COLUMNS = 10
 TOKENS_PER_BATCH = 2048
@@ -54,6 +55,7 @@ class Sentence(NamedTuple):
 class Treebank(NamedTuple):
     name: str  # UD ISDT
     sentences: list[Sentence]
+    official: bool = False  # the files' names say what is for test
 
 
 def category(label: str) -> str:
@@ -88,7 +90,7 @@ def read_treebank(path: str | Path) -> Treebank:
             sentences.append(Sentence(text, words, train))
     if not sentences:
         raise DataError(f"treebank {path} holds no sentence.")
-    return Treebank(_name(path), sentences)
+    return Treebank(_name(path), sentences, official)
 
 
 def _name(path: Path) -> str:
@@ -106,7 +108,8 @@ def micro_treebank(n_documents: int, seed: int = 0) -> Treebank:
         document, words = micro_italiano.document(index, seed), []
         for span in document.words:
             features = {name: span.labels[name.lower()] for name in FEATURES if name.lower() in span.labels}
-            words.append(Word(span.start, span.end, _labels(span.labels.get("upos", "X"), features)))
+            upos = [span.labels.get("upos", "X"), *(own for name, own in SECOND_WORDS.items() if name in span.labels)]
+            words.append(Word(span.start, span.end, frozenset().union(*(_labels(each, features) for each in upos))))
         sentences.append(Sentence(document.text, words, index % 2 == 0))
     return Treebank("MicroItaliano", sentences)
 

@@ -15,7 +15,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -106,10 +106,9 @@ def treebank_passages(paths: Sequence[str | Path]) -> list[Passage]:
     found = []
     for path in paths:
         bank = read_treebank(path)
-        named = sum(a.train != b.train for a, b in pairwise(bank.sentences)) <= 2  # whole files, not sentences by hash
         for index, sentence in enumerate(bank.sentences):
             run = f"{bank.name}/{index // RUN}"
-            test = not sentence.train if named else is_test(run, 5)
+            test = not sentence.train if bank.official else is_test(run, 5)
             facts, words = _sentence_facts(sentence.text, sentence.words)
             found.append(Passage(sentence.text, f"{run}/{'test' if test else 'pool'}", test, facts, words))
     return found

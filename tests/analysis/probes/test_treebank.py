@@ -1,5 +1,7 @@
 """CoNLL-U: surface tokens with the labels of their words, placed in the text; broken lines named."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -126,6 +128,17 @@ def test_micro_italiano_is_a_treebank_too(monkeypatch):
     assert [sentence.train for sentence in bank.sentences] == [True, False, True, False]
     labels = {label for sentence in bank.sentences for word in sentence.words for label in word.labels}
     assert {"UPOS=NOUN", "Gender=Fem,Number=Sing"} <= labels
+
+
+def test_what_micro_italiano_writes_as_one_word_is_of_both():
+    """As in CoNLL-U: «della» is of di and la, «vederla» of vedere and la."""
+    for sentence in module.micro_treebank(60).sentences:
+        for word in sentence.words:
+            form = sentence.text[word.start : word.end].lower()
+            if re.fullmatch(r"(a|da|de|ne|su)(l|ll[oae'])|(a|da|de|ne|su)(i|gli)", form):
+                assert {"UPOS=ADP", "UPOS=DET"} <= word.labels, form
+            if re.fullmatch(r"\w{2,}(ar|er|ir|ando|endo)(lo|la|li|le|gli|mi|ti|si|ci|ne)", form):
+                assert "UPOS=VERB" not in word.labels or "UPOS=PRON" in word.labels, form
 
 
 def test_each_word_is_read_at_the_token_that_completes_it(mini):
