@@ -71,14 +71,15 @@ class RunLog:
 
         spec, out, config = self.spec, self.out, self.spec.to_saelens()
         given: dict[str, Any] = WandbRun(None, spec.wandb_project).joined(out) | {
-            "name": config.logger.run_name,
             "config": {**config.to_dict(), "sae_italian": spec.model_dump(mode="json")},
             "settings": wandb.Settings(console="off", silent=True, reinit="create_new"),
         }
-        if SWEEP_ID not in os.environ:  # a folder's W&B run has one id; to claim it anew forgets it
+        # a folder's W&B run has one id; to claim it anew forgets it, and a sweep's would all have one name
+        if SWEEP_ID not in os.environ:
             if not (out / WANDB_FILE).is_file():
                 write_json(out / WANDB_FILE, WandbRun(uuid.uuid4().hex[:8], spec.wandb_project)._asdict())
             given["id"] = given["group"] = WandbRun.of(out).id  # exports of its latents join the group
+            given["name"] = config.logger.run_name
         if spec.wandb == "online":
             why = "nobody is logged in (`wandb login`)"
             if wandb.login(prompt=False, verify=False):

@@ -174,6 +174,19 @@ def test_runs_of_a_sweep_do_not_share_a_folder(monkeypatch):
     assert sweep_folder(Path("runs/topk")) == Path("runs/topk/r1")
 
 
+def test_wandb_names_the_runs_of_a_sweep(small_spec, logged_out, tmp_path, monkeypatch):
+    """SAELens' name says architecture, width and rate: one name for all runs of a sweep over k."""
+    wandb, names = pytest.importorskip("wandb"), []
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **given: names.append(given.get("name")) or init(**given))
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+    for out in (tmp_path / "alone", tmp_path / "swept"):
+        log = RunLog(small_spec.model_copy(update={"wandb": "offline"}), out)
+        with log.to_wandb():
+            monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    assert names == [small_spec.to_saelens().logger.run_name, None]
+
+
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
 def test_a_sweep_is_what_wandb_accepts(file):
     sweeps = pytest.importorskip("sweeps", reason="needs wandb[sweeps]")
