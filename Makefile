@@ -68,7 +68,7 @@ check: install  ## formatter, linter, types
 	$(BIN)/pyright
 
 docs: install  ## the documentation into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 install: $(DEV)
 

@@ -16,6 +16,7 @@ from sae_italian.saes import load_sae
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SNIPPETS = [ROOT / "README.md", ROOT / "docs" / "cache.md"]  # these pages' Python is one session
 
 
@@ -52,6 +53,14 @@ def test_no_snippet_of_python_uses_a_name_that_nothing_gives():
     checked = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
     done = subprocess.run(checked, input=code, capture_output=True, text=True, check=False)
     assert code and done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_link_or_a_picture_of_a_page_leads_to_a_file_from_where_the_page_is():
+    """On GitHub and on the site alike, README's too."""
+    linked = {(page, to) for page in LINKING for to in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))}
+    local = {(page, to) for page, to in linked if not to.startswith(("http:", "https:", "mailto:"))}
+    assert len(local) > 50 and any(to.endswith(".svg") for _, to in local)
+    assert not [f"{page.relative_to(ROOT)}: {to}" for page, to in sorted(local) if not (page.parent / to).exists()]
 
 
 def test_the_pages_are_read_as_they_are_written():
