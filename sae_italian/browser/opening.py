@@ -27,7 +27,7 @@ from sae_italian.base.errors import SaeItalianError, UsageError
 from sae_italian.base.hub import explain
 from sae_italian.base.storage import atomic_path
 from sae_italian.browser.live import CALLS, Live, Refused, checked_text
-from sae_italian.browser.source import LatentSource
+from sae_italian.browser.source import LatentSource, short_name
 from sae_italian.cache import FeatureCache
 from sae_italian.models import load_tokenizer
 from sae_italian.saes import check_fits, model_of
@@ -60,9 +60,7 @@ def encode(texts: Sequence[str], name: str) -> Float[np.ndarray, "texts d"]:
     try:
         model2vec = import_module("model2vec")
     except ImportError:
-        raise UsageError(
-            "search by meaning needs model2vec; it comes with pip install 'sae-italian[meaning]'."
-        ) from None
+        raise UsageError("search by meaning needs model2vec: pip install 'sae-italian[meaning]'.") from None
     try:
         vectors = model2vec.StaticModel.from_pretrained(name).encode(list(texts)).astype(np.float32)
     except Exception as error:  # of the hub, and of files that are no encoder
@@ -208,8 +206,8 @@ def _unless_named(name: str | None) -> suppress:
 
 def beside(source: LatentSource, other: LatentSource) -> Other:
     """Return another SAE with its matches. Raises: UsageError as `match_latents`."""
-    name = other.run()["sae"]
-    if name == source.run()["sae"]:
+    name = short_name(other.cache.manifest)
+    if name == short_name(source.cache.manifest):
         name += f" ({other.cache.folder.resolve().parent.name}/{other.cache.folder.name})"
     return Other(name, other, match_latents(source, other))
 

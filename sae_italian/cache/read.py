@@ -79,7 +79,7 @@ class FeatureCache:
         made = self.manifest
         return (
             f"{self.folder}: {made.d_sae:,} latents of {made.model}, {made.hook_name}, on {self.n_positions:,} tokens of "
-            f"{self.n_documents:,} documents"
+            f"{self.documents_read():,} documents"
         )
 
     def _repr_html_(self) -> str:
@@ -210,7 +210,8 @@ class FeatureCache:
 
     def documents_read(self) -> int:
         """Return how many documents have a token here: not those that are empty, or cut off with the last window."""
-        return len(np.setdiff1d(self.doc, [NO_DOCUMENT]))
+        read = [np.unique(self.shard_tokens(shard.index)["doc"]) for shard in self.manifest.shards]
+        return len(np.setdiff1d(np.concatenate([[NO_DOCUMENT], *read]), NO_DOCUMENT))
 
     def document_parts(self, seed: int = 0) -> Int[np.ndarray, " documents"]:
         """Return 0, 1 or 2 (train, val, test) per document, by a seeded hash of its text: copies fall on the same side.

@@ -354,6 +354,7 @@ def test_only_documents_with_a_token_are_counted(tmp_path, capsys):
     assert Manifest.load(tmp_path / "c").n_documents == 3
     assert main(["cache", "info", str(tmp_path / "c"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["documents"] == 2
+    assert repr(FeatureCache.open(tmp_path / "c")).endswith("on 6 tokens of 2 documents")
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero")  # of the lift, as latents do fire on it here
