@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, check_known
 from sae_italian.base.pace import paced
 from sae_italian.saes.fit import CHUNK, fit, threshold_for
 
@@ -64,13 +64,13 @@ def to_jumprelu(
     are `threshold` (of all latents, or the median of theirs), the tokens that set it (`n_tokens`) and that checked it,
     and of these L0 (before: below k where fewer latents are positive), centred explained variance, and the share of
     latents that never fired.
-    Raises: UsageError for another architecture, fewer than 10 tokens, a check that would have no token, or thresholds of
-    each latent where the SAE rescales each token.
+    Raises: UsageError for another architecture, fewer than 10 tokens, arrays of other lengths, a check that would have no
+    token, or thresholds of each latent where the SAE rescales each token.
     """
     check_exportable(sae)
-    if thresholds not in get_args(Thresholds):
-        raise UsageError(f"thresholds is {thresholds!r}. {nearest(thresholds, get_args(Thresholds))}")
-    y, checks = x if y is None else y, _checks(x, documents)
+    check_known("thresholds", get_args(Thresholds), thresholds)
+    y = x if y is None else y
+    checks = _checks(x, y, documents)
     raw = copy.deepcopy(sae).to(dtype=torch.float32).eval()
     if raw.cfg.normalize_activations == "expected_average_only_in":
         raw.fold_activation_norm_scaling_factor(raw.cfg.d_in**0.5 / x.float().norm(dim=-1).mean().item())
@@ -103,11 +103,13 @@ def check_exportable(sae: Any) -> None:
         )
 
 
-def _checks(x: Tensor, documents: Tensor | None) -> Bool[Tensor, " tokens"]:
+def _checks(x: Tensor, y: Tensor, documents: Tensor | None) -> Bool[Tensor, " tokens"]:
     """Return which tokens check the thresholds: those of every fifth document. Raises: UsageError as `to_jumprelu`."""
     if len(x) < 10:
         raise UsageError(f"{len(x)} tokens are too few to set a threshold; give 32,768 or more.")
     numbers = torch.arange(len(x)) if documents is None else documents.unique(return_inverse=True)[1]
+    if not len(x) == len(y) == len(numbers):
+        raise UsageError(f"x has {len(x)} rows, y {len(y)}, documents {len(numbers)}; all need as many.")
     checks = numbers % CHECK_EVERY == CHECK_EVERY - 1
     if not checks.any():
         n = int(numbers.max()) + 1

@@ -190,6 +190,12 @@ def check_sae(sae: Any, name: str = "the SAE") -> None:
                 "damaged: train it again with a lower lr, or take an earlier checkpoint."
             )
     check_shapes(tensors, vars(sae.cfg), name)
+    divides = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) and "W_dec" in tensors
+    if divides and (n := int((~tensors["W_dec"].any(dim=1)).sum())):
+        raise DataError(
+            f"{name} cannot be used: {n:,} rows of W_dec are 0, and it divides by their norms (its cfg says so: "
+            "rescale_acts_by_decoder_norm). Take an earlier checkpoint, or one without these latents."
+        )
     for key, kind in {"model_name": str, "dataset_path": str, "context_size": int}.items():
         value = metadata[key]
         if not isinstance(value, kind | None) or (kind is int and value is not None and value < 2):

@@ -173,7 +173,10 @@ def test_others_are_refused_in_one_line(identity_sae, mini, jsonl):
         to_jumprelu(topk(True), torch.randn(3, 32))
     with pytest.raises(UsageError, match="of 4 documents; at least 5 are needed"):
         to_jumprelu(topk(True), torch.randn(40, 32), documents=torch.arange(40) // 10)
-    with pytest.raises(UsageError, match="thresholds is 'each'"):
+    for given in ({"documents": torch.arange(39)}, {"y": torch.randn(39, 32)}):
+        with pytest.raises(UsageError, match=r"x has 40 rows, y (39|40), documents (39|40); all need as many"):
+            to_jumprelu(topk(True), torch.randn(40, 32), **given)
+    with pytest.raises(UsageError, match="thresholds 'each' is unknown"):
         to_jumprelu(topk(True), torch.randn(40, 32), thresholds="each")
     with pytest.raises(UsageError, match="normalize_activations is 'layer_norm': .* Use thresholds=one"):
         to_jumprelu(topk(True, normalize_activations="layer_norm"), torch.randn(40, 32))

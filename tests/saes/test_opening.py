@@ -4,11 +4,13 @@ import copy
 import shutil
 
 import pytest
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+import torch
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, TopKSAE, TopKSAEConfig
 
 import sae_italian
-from sae_italian.base.errors import UsageError
+from sae_italian.base.errors import DataError, UsageError
 from sae_italian.saes import check_fits, load_sae
+from tests.conftest import described
 
 
 def test_a_folder_is_enough(trained_sae, mini, tmp_path, monkeypatch):
@@ -43,6 +45,22 @@ def test_a_batchtopk_in_training_is_not_measured(mini):
     sae.cfg.metadata.hook_name = "blocks.2.hook_resid_post"
     with pytest.raises(UsageError, match="in training, its latents depend on the batch.*save_inference_model"):
         sae_italian.evaluate(sae, mini, "micro-italiano")
+
+
+def test_an_sae_that_divides_by_a_decoder_norm_of_0_is_refused(mini, tmp_path):
+    """Whatever it is given, it writes NaN: the losses, the variance explained and the cosine were that, without a word."""
+    sae = described(
+        TopKSAE(TopKSAEConfig(d_in=128, d_sae=64, k=4, rescale_acts_by_decoder_norm=True)), "blocks.1.hook_resid_post"
+    )
+    check_fits(sae, mini)
+    with torch.no_grad():
+        sae.W_dec[[3, 5]] = 0
+    sae.save_model(tmp_path)
+    for use in (lambda: check_fits(sae, mini), lambda: load_sae(tmp_path)):
+        with pytest.raises(DataError, match="2 rows of W_dec are 0, and it divides by their norms"):
+            use()
+    sae.cfg.rescale_acts_by_decoder_norm = False  # then these latents write nothing
+    check_fits(sae, mini)
 
 
 def test_what_the_metadata_does_not_say_is_asked_for(trained_sae, mini):
