@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -228,7 +229,10 @@ def test_a_number_or_all(capsys, trained_sae, tmp_path):
     file = tmp_path / "breve.txt"
     file.write_text("Le ragazze sono arrivate ieri sera alla stazione con il treno della notte. " * 400)
     arguments = ("cache", "build", trained_sae, "--corpus", file, "split=all", "--out", tmp_path / "c", "--json")
-    assert "fewer than the 100,000,000 asked for" in run(capsys, *arguments, "--tokens", 100_000_000)[2]
+    told = run(capsys, *arguments, "--tokens", 100_000_000)[2]
+    assert "fewer than the 100,000,000 asked for" in told
+    fewer = re.search(r"Ask for fewer \(--tokens \d+\)", told)[0].split()[-1].rstrip(")")
+    assert run(capsys, *arguments, "--tokens", fewer)[0] == 0  # as was advised, into the same folder
     code, out, _ = run(capsys, *arguments, "--tokens", "all", "--overwrite")
     assert code == 0 and json.loads(out)["cache"] == str(tmp_path / "c")
     code, out, _ = run(capsys, *arguments, "--overwrite")  # nothing said: what there is, as that is less than 300,000

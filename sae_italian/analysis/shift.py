@@ -20,7 +20,7 @@ from sae_italian.base.pace import one_of, paced
 from sae_italian.base.report import OURS, REFERENCE, plain, save_result, shown, svg, table
 from sae_italian.base.statistics import Estimate, interval
 from sae_italian.corpora import Reader, Split, iter_documents, pack
-from sae_italian.corpora.packing import NO_DOCUMENT, special_mask
+from sae_italian.corpora.packing import NO_DOCUMENT, Packer, layout_of, special_mask, tokenise
 from sae_italian.corpora.rows import MICRO_ITALIANO, local_shards
 from sae_italian.corpora.stream import check_corpus, mixture
 from sae_italian.evaluation.evaluate import STATISTICS, TOKENS_PER_BATCH, TokenSums, Windows, measure, windows_until
@@ -278,8 +278,8 @@ def corpus_windows(
     source: str | None = None,
 ) -> Iterator[Windows]:
     """Yield windows of at most `n_tokens` tokens that count, a batch at a time. Raises: UsageError when there are none."""
-    size, documents = _windows_per_batch(model, context), iter_documents(corpus, split, text_column=text_column)
-    documents = (document for document in documents if source in (None, document.source))
+    size, stream = _windows_per_batch(model, context), iter_documents(corpus, split, text_column=text_column)
+    documents = stream if source is None else (document for document in stream if document.source == source)
     blocks = pack(documents, model.tokenizer, context, windows_per_block=size)
     yield from windows_until(blocks, model.tokenizer, [n_tokens], f"the {split} split of {corpus}", at_most=True)
 
@@ -295,8 +295,9 @@ def _long_documents(
             if number - last > in_vain:
                 return
             if len(document.text) >= context:  # a token has at least one character
-                block = next(pack([document], model.tokenizer, context, windows_per_block=1), None)
-                if block is not None and not (block.doc[0, 1:] == NO_DOCUMENT).any():
+                packer = Packer(context, layout_of(model.tokenizer))
+                packer.add([document], tokenise(model.tokenizer, [document.text]))
+                if packer.n_windows and not ((block := packer.take(1)).doc[0, 1:] == NO_DOCUMENT).any():
                     last = number
                     yield number, block.tokens
 

@@ -314,7 +314,7 @@ def claimed(
         try:
             yield continuing
         except Exception:
-            if not earlier and {child.name for child in out.iterdir()} <= {RUN_FILE, LOCK_FILE}:
+            if not continuing and {child.name for child in out.iterdir()} <= {RUN_FILE, LOCK_FILE}:
                 remove(out / RUN_FILE)  # refused before anything was done
             raise
         _give_rights(out)

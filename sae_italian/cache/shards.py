@@ -24,6 +24,7 @@ from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.pace import progress
 from sae_italian.base.storage import remove
 from sae_italian.cache.layout import (
+    MANIFEST,
     Csr,
     Manifest,
     ShardRecord,
@@ -60,18 +61,17 @@ def write_token_shards(
     if manifest.n_tokens_asked is not None:
         what = f"the {manifest.split} split of {manifest.corpus}"
         blocks = take_tokens(blocks, manifest.n_tokens_asked, what, at_most=at_most)
-    done = len(manifest.shards)
-    with progress("tokens", total=manifest.n_tokens_asked) as bar:
-        for index, block in enumerate(blocks):
-            if index >= done:
-                manifest.shards.append(write_token_shard(out, index, block))
-                manifest.save(out)
-            bar.update(block.tokens.size)
-    if not manifest.shards:
-        raise UsageError(
-            f"the {manifest.split} split of {manifest.corpus} fills no window of {manifest.context_size} "
-            "tokens. Use more text, or a smaller --context-size."
-        )
+    try:
+        with progress("tokens", total=manifest.n_tokens_asked) as bar:
+            for index, block in enumerate(blocks):
+                if index == len(manifest.shards):
+                    manifest.shards.append(write_token_shard(out, index, block))
+                    manifest.save(out)
+                bar.update(block.tokens.size)
+    except UsageError:  # the text is to be mended, or less of it asked for: no build goes on from here
+        for left in ("tokens", MANIFEST):
+            remove(out / left)
+        raise
     manifest.tokens_complete = True
     manifest.save(out)
 

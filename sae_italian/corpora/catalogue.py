@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sae_italian.base.errors import UsageError, nearest
+from sae_italian.base.errors import UsageError, check_known
 from sae_italian.base.hub import explain
 from sae_italian.base.storage import read_yaml
 
@@ -62,10 +62,8 @@ def find(name: str) -> tuple[Entry, Route] | None:
     wanted, _, route = name.strip().partition("@")
     for entry in catalogue().values():
         if wanted.lower() in {entry["name"], *entry["aliases"]}:
-            routes = entry["routes"]
-            chosen = route or next(iter(routes))
-            if chosen not in routes:
-                raise UsageError(f"corpus {wanted!r} has no route {chosen!r}. {nearest(chosen, routes)}")
+            routes, chosen = entry["routes"], route or next(iter(entry["routes"]))
+            check_known(f"corpus {wanted!r}: route", routes, chosen)
             return entry, routes[chosen]
     return None
 

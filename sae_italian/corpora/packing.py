@@ -42,9 +42,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Token
     Raises: UsageError for a slow tokenizer, which has no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(
-            f"{type(tokenizer).__name__} is a slow tokenizer, without character offsets; a fast one is needed."
-        )
+        raise UsageError(f"{type(tokenizer).__name__} is a slow tokenizer, without offsets; give a fast one.")
     how: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
     found: Any = tokenizer(texts, **how, verbose=False) if texts else {"input_ids": [], "offset_mapping": []}
     both = zip(found["input_ids"], found["offset_mapping"], strict=True)
@@ -137,11 +135,15 @@ def pack(
     *,
     windows_per_block: int = 256,
 ) -> Iterator[PackedBlock]:
-    """Return blocks of `windows_per_block` full windows, the last block shorter; a window that is not full is dropped.
+    """Yield blocks of `windows_per_block` full windows, the last block shorter; a window that is not full is dropped.
 
-    Raises: UsageError when context_size leaves no room for text.
+    Raises: UsageError when context_size leaves no room for text, or there is no full window.
     """
-    return Packer(context_size, layout_of(tokenizer)).blocks(tokenised(documents, tokenizer), windows_per_block)
+    packer = Packer(context_size, layout_of(tokenizer))
+    yield from packer.blocks(tokenised(documents, tokenizer), windows_per_block)
+    if not packer.n_taken:
+        text = documents if isinstance(documents, CorpusStream) else "the text"
+        raise UsageError(f"{text} fills no window of {context_size} tokens. Use more text or a smaller context.")
 
 
 class Packer:

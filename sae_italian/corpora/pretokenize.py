@@ -125,6 +125,7 @@ def _write(
                 storage.write_json(out / PRETOKENIZED, progress | position)
                 (out / f"seen-{number - 1:05d}.npz").unlink(missing_ok=True)
     if not shards:
+        storage.remove(out / PRETOKENIZED)  # else the folder takes no longer text or smaller context
         raise UsageError(
             f"corpus {stream.corpus!r} does not fill one window of {packer.context_size} tokens. "
             f"{stream.counts.kept:,} documents were kept; use a longer text or a smaller context."

@@ -67,8 +67,7 @@ class TextFile(NamedTuple):
         change where it is not to be read as a `whole`."""
         if not self.is_local:
             return self.version
-        file = Path(self.path)
-        facts = file.stat()
+        facts = (file := Path(self.path)).stat()
         if not whole:
             return [facts.st_size, facts.st_mtime_ns]
         with file.open("rb") as handle:

@@ -227,10 +227,10 @@ class CorpusStream:
         if self.counts.kept:
             raise StopIteration
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in self.counts.dropped.items())
-        which = "" if split == "all" else f"the {split} split of "
-        raise UsageError(
-            f"{which}corpus {self.corpus!r} has no document with text in it ({dropped or 'it is empty'}). Name another."
-        )
+        raise UsageError(f"{self} has no document with text in it ({dropped or 'it is empty'}). Name another.")
+
+    def __str__(self) -> str:
+        return f"the {self.reader.split} split of corpus {self.corpus!r}".removeprefix("the all split of ")
 
     def _pick(self) -> int:
         """Return the part of the next document; pick number and seed decide it, so there is no generator to save."""
@@ -295,7 +295,7 @@ def load_corpus(
     """Return a corpus as a `datasets.IterableDataset` (a `Dataset` if not streaming) of `text`, `doc_id`, `source`.
 
     Stock SAELens runners take it as `override_dataset`. Arguments and errors as `iter_documents`; `limit` bounds the
-    number of documents. The order is that of the shards: `.shuffle(seed, buffer_size)` of the result mixes rows.
+    number of documents. The order is that of the shards: `.shuffle(seed=1, buffer_size=1000)` of a stream mixes.
     """
     from datasets import Dataset, Features, IterableDataset, Value
 

@@ -67,8 +67,9 @@ def evaluate(
     """Return the evaluation card of `sae` on `model` (backend `hf`) over `n_tokens` tokens of a corpus.
 
     An SAE is given as it is, as a folder or as release:sae_id; model and corpus are by default those that it names.
-    Special tokens count nowhere, and the SAE is not applied to them. Losses and KL take three more forward passes; with
-    `loss_tokens` on the first so many tokens only. A transcoder is measured, and put in place, at the hook it writes.
+    Special tokens are not measured (the loss of predicting one is), and the SAE is not applied to them. Losses and KL take
+    three more forward passes, with `loss_tokens` on the first so many tokens only. A transcoder is measured, and put in
+    place, at the hook it writes.
     Raises: UsageError where SAE and model do not fit, or the corpus has fewer than `n_tokens` (`at_most`: none).
     """
     check_whole(2, context_size=context_size)
@@ -81,8 +82,7 @@ def evaluate(
     sums = TokenSums(getattr(sae.cfg, "d_out", sae.cfg.d_in))
     dimensions = StreamingBootstrap(1 + 3 * sums.d_out, n_samples=LATENT_RESAMPLES)
     latents, n_loss, outliers = LatentCounts(sae.cfg.d_sae), 0, None
-    marks, what = [loss_tokens, n_tokens], f"the {split} split of {documents.corpus}"
-    found = windows_until(blocks, model.tokenizer, marks, what, at_most=at_most)
+    found = windows_until(blocks, model.tokenizer, [loss_tokens, n_tokens], str(documents), at_most=at_most)
     for windows in paced(found, "evaluate", n_tokens, "token", size=lambda batch: len(batch.doc)):
         with_loss = loss_tokens is None or n_loss < loss_tokens
         outliers = outliers or (_outliers(model, hook_out, windows) if len(windows.doc) > 1 else None)

@@ -250,3 +250,6 @@ def test_what_is_refused_before_anything_is_done_leaves_no_folder(tmp_path):
         (tmp_path / "half" / "shift.json").touch()
         raise UsageError("half")
     assert not (tmp_path / "out").exists() and (tmp_path / "half" / "run.json").is_file()
+    with pytest.raises(UsageError, match="half"), claimed(tmp_path / "half", "shift", {}, overwrite=True):
+        raise UsageError("half")  # the earlier run is gone, nothing is there instead
+    assert not [*(tmp_path / "half").iterdir()]

@@ -173,7 +173,7 @@ def test_names_and_revisions_the_hub_does_not_have(server):
     server.repositories["HuggingFaceFW/fineweb-2"] = {"README.md": b""}
     with pytest.raises(UsageError, match="layout has changed"):
         texts("fineweb-2-it")
-    with pytest.raises(UsageError, match="no route 'tfrecord'"):
+    with pytest.raises(UsageError, match="route 'tfrecord' is unknown"):
         texts("clean-mc4-it-tiny@tfrecord")
     with pytest.raises(UsageError, match="Did you mean 'wikipedia-it'"):
         texts("wikipedia-itt")

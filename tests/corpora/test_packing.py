@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_italian.base.errors import UsageError
 from sae_italian.corpora import TextDocument, pack, packing
-from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, take_tokens
+from sae_italian.corpora.packing import NO_DOCUMENT, Packer, layout_of, special_mask, take_tokens, tokenised
 from tests.bench.train_mini import train_tokenizer
 
 HARD = [
@@ -66,7 +66,7 @@ def test_offsets_cover_every_document_without_gaps(kind):
 @settings(max_examples=40, deadline=None)
 def test_packing_is_the_documents_in_order_with_a_bos_before_each(kind, texts, context):
     tokenizer = TOKENIZERS[kind]
-    blocks = list(pack(documents(texts), tokenizer, context, windows_per_block=3))
+    blocks = list(Packer(context, layout_of(tokenizer)).blocks(tokenised(documents(texts), tokenizer), 3))
     tokens = np.concatenate([block.tokens for block in blocks]).ravel() if blocks else np.empty(0, int)
     doc = np.concatenate([block.doc for block in blocks]).ravel() if blocks else np.empty(0, int)
     bos = tokenizer.bos_token_id
@@ -103,6 +103,8 @@ def test_take_tokens_cuts_to_windows_and_refuses_a_short_corpus():
     assert sum(block.tokens.size for block in take_tokens(packed(), 100, "x")) == 112
     with pytest.raises(UsageError, match="fewer than the 1,000,000"):
         list(take_tokens(packed(), 1_000_000, "x"))
+    with pytest.raises(UsageError, match="the text fills no window of 10000 tokens"):
+        list(take_tokens(pack(documents(HARD), TOKENIZERS["metaspace"], 10_000), 100, "x", at_most=True))
 
 
 def test_a_context_without_room_for_text():

@@ -136,6 +136,7 @@ def test_another_run_in_the_folder_and_bad_settings_are_refused(corpus, tmp_path
             make(corpus, TOKENIZER, tmp_path / "b", context_size=16, separator=beyond)
     with pytest.raises(UsageError, match="does not fill one window"):
         make(corpus, TOKENIZER, tmp_path / "c", context_size=1_000_000)
+    make(corpus, TOKENIZER, tmp_path / "c", context_size=16)  # as was advised, into the same folder
     with pytest.raises(UsageError, match="no end"):
         make("micro-italiano", TOKENIZER, tmp_path / "d", context_size=16)
     (out / "data-00000.arrow").write_bytes(b"")

@@ -354,8 +354,9 @@ def test_a_corpus_too_short_for_the_tokens_asked(topk_sae, mini, jsonl, tmp_path
     with pytest.raises(UsageError, match="has about .* fewer than the 9,000,000"):
         evaluate(topk_sae, mini, str(short), split="all", n_tokens=9_000_000)
     short.write_text('{"text": "Il sole."}')
-    with pytest.raises(UsageError, match="has about 0 tokens"):
-        evaluate(topk_sae, mini, str(short), split="all", n_tokens=100, at_most=True)
+    for at_most in (True, False):
+        with pytest.raises(UsageError, match=r"short.jsonl' fills no window of 128 tokens. Use more text or a smaller"):
+            evaluate(topk_sae, mini, str(short), split="all", n_tokens=100, at_most=at_most)
 
 
 def test_a_context_longer_than_the_models(topk_sae, mini):
