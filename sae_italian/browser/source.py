@@ -149,7 +149,7 @@ class LatentSource:
             "model_note_it": f"{entry.note_it} {entry.licence}." if entry else "",
             "sae": short_name(manifest),
             "n_tokens": self.cache.n_positions,
-            "n_documents": self.cache.documents_read(),
+            "n_documents": self.cache.documents_read,
             "metrics": self.metrics,
             "controls": self.controls,
             "gold": [{name: result[name] for name in GOLD_FIELDS} for result in self.gold],

@@ -79,7 +79,7 @@ class FeatureCache:
         made = self.manifest
         return (
             f"{self.folder}: {made.d_sae:,} latents of {made.model}, {made.hook_name}, on {self.n_positions:,} tokens of "
-            f"{self.documents_read():,} documents"
+            f"{self.documents_read:,} documents"
         )
 
     def _repr_html_(self) -> str:
@@ -208,8 +208,9 @@ class FeatureCache:
             raise UsageError(f"document {index!r} does not exist: this cache has 0 to {self.n_documents - 1}.")
         return TextDocument(*(self._string(name, index) for name in ("text", "doc_id", "source")))
 
+    @cached_property
     def documents_read(self) -> int:
-        """Return how many documents have a token here: not those that are empty, or cut off with the last window."""
+        """How many documents have a token here: not those that are empty, or cut off with the last window."""
         read = [np.unique(self.shard_tokens(shard.index)["doc"]) for shard in self.manifest.shards]
         return len(np.setdiff1d(np.concatenate([[NO_DOCUMENT], *read]), NO_DOCUMENT))
 

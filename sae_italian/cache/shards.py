@@ -35,7 +35,7 @@ from sae_italian.cache.layout import (
     write_arrays,
 )
 from sae_italian.corpora import PackedBlock, TextDocument, iter_documents, pack
-from sae_italian.corpora.packing import NO_DOCUMENT, special_mask, take_tokens
+from sae_italian.corpora.packing import NO_DOCUMENT, TooShort, special_mask, take_tokens
 from sae_italian.corpora.pretokenize import CachedActivations
 from sae_italian.models.activations import read_many
 from sae_italian.saes.sparse import top_positive
@@ -68,7 +68,7 @@ def write_token_shards(
                     manifest.shards.append(write_token_shard(out, index, block))
                     manifest.save(out)
                 bar.update(block.tokens.size)
-    except UsageError:  # the text is to be mended, or less of it asked for: no build goes on from here
+    except TooShort:  # less is to be asked for, or more text given: no build goes on from here
         for left in ("tokens", MANIFEST):
             remove(out / left)
         raise

@@ -90,7 +90,7 @@ def info(cache: Path, /, *, verify: bool = False) -> dict[str, Any]:
         "shards": len(manifest.shards),
         "windows": manifest.n_windows,
         "tokens": manifest.n_positions,
-        "documents": sae_italian.FeatureCache(cache, manifest).documents_read(),
+        "documents": sae_italian.FeatureCache(cache, manifest).documents_read,
         "non_zeros": manifest.nnz,
         "values_beyond_fp16": manifest.n_wide,
         "latent_bytes_per_non_zero": round(latents / max(1, manifest.nnz), 3),

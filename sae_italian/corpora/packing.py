@@ -79,6 +79,10 @@ def tokenised(
 # --- windows ------------------------------------------------------------------------------------------------------------
 
 
+class TooShort(UsageError):
+    """A text has fewer tokens than were asked for, or than a window takes."""
+
+
 class PackedBlock(NamedTuple):
     """Some consecutive windows, and the documents whose first token lies in them."""
 
@@ -143,7 +147,7 @@ def pack(
     yield from packer.blocks(tokenised(documents, tokenizer), windows_per_block)
     if not packer.n_taken:
         text = documents if isinstance(documents, CorpusStream) else "the text"
-        raise UsageError(f"{text} fills no window of {context_size} tokens. Use more text or a smaller context.")
+        raise TooShort(f"{text} fills no window of {context_size} tokens. Use more text or a smaller context.")
 
 
 class Packer:
@@ -243,7 +247,7 @@ def take_tokens(
         if seen >= n_tokens:
             return
     if not at_most:
-        raise UsageError(
+        raise TooShort(
             f"{what} has about {seen:,} tokens, fewer than the {n_tokens:,} asked for. "
             f"Ask for fewer (--tokens {seen}), or use more text."
         )
