@@ -97,9 +97,16 @@ def token_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return [strings[int(i)] for i in ids]
 
 
+def tokens_inside(tokenizer: Any, words: Sequence[str], language: str = "it") -> list[tuple[int, ...]]:
+    """Return the tokens of " " + each word within a sentence: at its start a tokenizer may add a space of its own."""
+    before = "and" if language == "en" else "e"
+    alone, *each = tokenizer([before, *(f"{before} {word}" for word in words)], add_special_tokens=False).input_ids
+    return [tuple(ids[len(alone) :]) for ids in each]
+
+
 def token_of(tokenizer: Any, text: str) -> int:
     """Return the one token of a text that follows a prompt. Raises: UsageError when it has several."""
-    ids = tokenizer(f" {text.strip()}", add_special_tokens=False).input_ids
+    (ids,) = tokens_inside(tokenizer, [text.strip()])
     if len(ids) != 1:
         parts = " + ".join(tokenizer.convert_ids_to_tokens(ids))
         raise UsageError(f"{text} has {len(ids)} tokens ({parts}); one was expected. Give its first.")

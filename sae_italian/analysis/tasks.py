@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_italian import micro_italiano
+from sae_italian.analysis.latent import tokens_inside
 from sae_italian.base.errors import DataError, UsageError, check_known, check_whole
 from sae_italian.base.pace import paced
 from sae_italian.base.report import INK, OURS, REFERENCE, svg
@@ -168,13 +169,6 @@ def words_for(model: str, language: str = "it") -> IoiWords:
     return default_words("micro-italiano" if embedded and language == "it" else language)
 
 
-def name_tokens(tokenizer: Any, name: str, language: str = "it") -> tuple[int, ...]:
-    """Return the tokens of " " + name in the middle of a sentence."""
-    before = "and" if language == "en" else "e"
-    alone = tokenizer(before, add_special_tokens=False).input_ids
-    return tuple(tokenizer(f"{before} {name}", add_special_tokens=False).input_ids[len(alone) :])
-
-
 def ioi_pairs(
     n: int, tokenizer: Any, words: IoiWords | None = None, *, n_name_tokens: int | None = 1, seed: int = 0
 ) -> list[IoiPair]:
@@ -189,15 +183,16 @@ def ioi_pairs(
     return [_ioi_pair(tokenizer, words, groups, Random(f"ioi/{seed}/{i}"), i) for i in range(n)]
 
 
-def _groups(tokenizer: Any, words: IoiWords, wanted: int | None) -> list[tuple[str, tuple[str, ...]]]:
-    """Return (gender, names) with at least three names each, all of one length in tokens and told apart by the first."""
+def _groups(tokenizer: Any, words: IoiWords, wanted: int | None) -> list[tuple[str, int, tuple[str, ...]]]:
+    """Return (gender, tokens, names) with at least three names each, all of so many tokens and told apart by the first."""
     every = [(gender, name) for gender, names in words.names.items() for name in names]
-    tokens = {name: name_tokens(tokenizer, name, words.language) for _, name in every}
+    names = [name for _, name in every]
+    tokens = dict(zip(names, tokens_inside(tokenizer, names, words.language), strict=True))
     groups: dict[tuple[str, int], dict[int, str]] = {}  # gender and length: the first of each first token
     for gender, name in every:
         if wanted in (None, len(tokens[name])):
             groups.setdefault((gender, len(tokens[name])), {}).setdefault(tokens[name][0], name)
-    enough = [(gender, tuple(named.values())) for (gender, _), named in groups.items() if len(named) >= LEAST_NAMES]
+    enough = [(*key, tuple(named.values())) for key, named in groups.items() if len(named) >= LEAST_NAMES]
     if not enough:
         lengths = {
             k: [name for name in tokens if len(tokens[name]) == k] for k in sorted(set(map(len, tokens.values())))
@@ -212,10 +207,10 @@ def _groups(tokenizer: Any, words: IoiWords, wanted: int | None) -> list[tuple[s
 
 
 def _ioi_pair(
-    tokenizer: Any, words: IoiWords, groups: Sequence[tuple[str, tuple[str, ...]]], random: Random, index: int
+    tokenizer: Any, words: IoiWords, groups: Sequence[tuple[str, int, tuple[str, ...]]], random: Random, index: int
 ) -> IoiPair:
     # a group is drawn by its number of names, so that every name is equally likely
-    ((gender, names),) = random.choices(groups, weights=[len(names) for _, names in groups])
+    ((gender, own, names),) = random.choices(groups, weights=[len(names) for *_, names in groups])
     subject, io, new_io = random.sample(names, 3)
     order = ("ABBA", "BABA")[index % 2]
     template = random.randrange(len(words.templates))
@@ -228,7 +223,6 @@ def _ioi_pair(
     pair = IoiPair(text(io), text(new_io), io, subject, new_io, template, order)
     base, other = (tokenizer(text).input_ids for text in pair[:2])
     differ = [i for i, (one, two) in enumerate(zip(base, other, strict=False)) if one != two]
-    own = len(name_tokens(tokenizer, io, words.language))
     if len(base) != len(other) or not differ or differ[-1] - differ[0] >= own:
         raise UsageError(
             f"{pair.base!r} and {pair.counterfactual!r} differ in more than the tokens of a name. "

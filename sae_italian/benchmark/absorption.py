@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from scipy.special import stdtrit
 from sklearn.linear_model import LogisticRegression
 
-from sae_italian.analysis.latent import one_place
+from sae_italian.analysis.latent import one_place, tokens_inside
 from sae_italian.analysis.treebank import (
     Sentence,
     Treebank,
@@ -291,8 +291,8 @@ def letters_of(
     for test.
     """
     spelled = sorted(form.removeprefix("form=") for form in forms if form[5:].isalpha() and len(form) > 6)
-    ids = model.tokenizer([f" {word}" for word in spelled], add_special_tokens=False).input_ids
-    single = [word for word, own in zip(spelled, ids, strict=True) if len(own) == 1][:MOST_WORDS]
+    tokens = tokens_inside(model.tokenizer, spelled)
+    single = [word for word, own in zip(spelled, tokens, strict=True) if len(own) == 1][:MOST_WORDS]
     start = TEMPLATE.index("{")
     labels = [frozenset({f"letter={plainly(word)[:1]}"}) for word in single]
     sentences = [

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_italian import micro_italiano
-from sae_italian.analysis.latent import codes, token_of
+from sae_italian.analysis.latent import codes, token_of, tokens_inside
 from sae_italian.analysis.tasks import ioi_pairs, number_pairs, words_for
 from sae_italian.analysis.treebank import category, encode_words, label_names, micro_treebank, read_words, with_forms
 from sae_italian.base.errors import UsageError
@@ -236,7 +236,7 @@ def cases_of(case: str, model: Any, n: int, seed: int = 0) -> list[Case]:
     found: dict[str, Case] = {}  # by prompt: no two of them are one prompt with other answers
     for base, other, *words in _texts(case, model, n, seed):
         one, two = (len(model.tokenizer(text).input_ids) for text in (base, other))
-        right, wrong = (model.tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in words)
+        right, wrong = (ids[0] for ids in tokens_inside(model.tokenizer, words))
         if one == two and right != wrong:
             found.setdefault(base, Case(base, other, right, wrong))
     if len(found) < n:

@@ -7,9 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.normalizers import Prepend, Replace, Sequence
+from transformers import PreTrainedTokenizerFast
 
 from sae_italian.analysis import treebank
-from sae_italian.analysis.latent import written_directions
+from sae_italian.analysis.latent import token_of, written_directions
 from sae_italian.base.errors import DataError, UsageError
 from sae_italian.base.statistics import NOTHING
 from sae_italian.circuits.check import changes, foretold
@@ -18,7 +22,9 @@ from sae_italian.circuits.graph import Graph, joined, nodes_of
 from sae_italian.circuits.study import (
     Case,
     Study,
+    _made,
     _numbers,
+    _words,
     carriers,
     cases_of,
     found_among,
@@ -114,6 +120,17 @@ def test_the_verb_of_any_other_model_agrees_with_the_subject(mini):
     for one in cases_of("agreement", other, 20):
         plural = one.prompt.startswith(("I ", "Le "))
         assert (one.wrong, one.right) == tuple(answers[:: 1 if plural else -1])
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_space_of_its_own_reads_whole_answers():
+    words = {word for texts in _made("participle") for text in texts for word in text.split()} | {"e"}
+    tokenizer = Tokenizer(Unigram([("<unk>", 0.0), ("▁", -1.0), *((f"▁{word}", -1.0) for word in words)], unk_id=0))
+    tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    found = cases_of("participle", SimpleNamespace(tokenizer=fast), 4)
+    answers = {str(fast.convert_ids_to_tokens(one.right)) for one in found}
+    assert answers <= {f"▁{word}" for pair in _words()["participles"] for word in pair}
+    assert fast.convert_ids_to_tokens(token_of(fast, " andata")) == "▁andata"
 
 
 def test_no_latent_before_the_prompts_differ_is_true():

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from sae_italian.analysis.latent import tokens_inside
 from sae_italian.analysis.tasks import (
     check_able,
     default_words,
     ioi_pairs,
     ioi_score,
-    name_tokens,
     score,
     score_choices,
     words_for,
@@ -96,7 +96,7 @@ def test_english_comes_from_the_same_code(tokenizer):
 def test_names_of_several_tokens_are_as_many_within_a_pair(tokenizer):
     for wanted in (None, 3):
         for pair in ioi_pairs(20, tokenizer, default_words("it"), n_name_tokens=wanted):
-            three = [name_tokens(tokenizer, name) for name in (pair.io, pair.subject, pair.new_io)]
+            three = tokens_inside(tokenizer, (pair.io, pair.subject, pair.new_io))
             assert (
                 len({len(tokens) for tokens in three}) == 1 == len({len(t) for t in three if wanted in (None, len(t))})
             )
