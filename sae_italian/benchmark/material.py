@@ -172,10 +172,7 @@ def micro_passages(n: int = MICRO_DOCUMENTS) -> list[Passage]:
     for document in micro_italiano.documents(n, MICRO_SEED):
         for spans in _sentences(document):
             start, end = spans[0].start, spans[-1].end
-            words = [
-                PlacedWord(s.start - start, s.end - start, _micro_facts(s.labels, document.text[s.start : s.end]))
-                for s in spans
-            ]
+            words = [PlacedWord(s.start - start, s.end - start, _micro_facts(s, document.text)) for s in spans]
             held = [s.labels["construction"] for s in document.constructions if s.start < end and s.end > start]
             text, n_words = document.text[start:end], sum(w.facts["upos"] != "PUNCT" for w in words)
             facts = _length(n_words, text) | {"constructions": " ".join(held)}
@@ -193,20 +190,21 @@ def register_passages(n: int = MICRO_BEGINNINGS) -> list[Passage]:
     return found
 
 
-def _micro_facts(labels: Mapping[str, str], form: str) -> dict[str, str]:
-    features = {name: labels[name.lower()] for name in FEATURES if name.lower() in labels}
-    kept = {key: labels[key] for key in ("lemma", "upos", "contracted") if key in labels}
-    return features | kept | {"form": form}
+def _micro_facts(word: micro_italiano.Span, text: str) -> dict[str, str]:
+    features = {name: word.labels[name.lower()] for name in FEATURES if name.lower() in word.labels}
+    kept = {key: word.labels[key] for key in ("lemma", "upos", "contracted") if key in word.labels}
+    return features | kept | {"form": text[word.start : word.end]}
 
 
 def _sentences(document: micro_italiano.GoldDocument) -> Iterator[list[micro_italiano.Span]]:
-    """Yield the words of each sentence."""
-    here: list[micro_italiano.Span] = []
-    for word in document.words:
-        here.append(word)
-        if word is document.words[-1] or document.text[word.start : word.end] in (".", "?", "!", "…"):
-            yield here
-            here = []
+    """Yield the words of each sentence: to one that is said belong its closing quote, and who says it after a comma."""
+    forms = [document.text[word.start : word.end] for word in document.words]
+    first, ended = 0, False
+    for end, (form, following) in enumerate(zip(forms, [*forms[1:], ""], strict=True), 1):
+        ended = ended if form == "»" else form in (".", "?", "!", "…")
+        if not following or (ended and following not in ("»", ",")):
+            yield document.words[first:end]
+            first = end
 
 
 # --- corpora, pairs, single words -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from sae_italian.benchmark.material import (
     gather,
     genre_passages,
     lexicon_passages,
+    micro_passages,
     once,
     pair_passages,
     plainly,
@@ -92,6 +93,14 @@ def test_no_text_of_the_grammar_or_of_the_pairs_is_in_training_and_in_test():
     assert material.n_copies > 500
     both = Counter(p.document for p in pair_passages(40))
     assert set(both.values()) == {2}  # what is right and what is wrong of a pair are on one side
+
+
+def test_what_is_said_ends_with_its_quote_or_with_who_says_it():
+    passages = micro_passages(150)
+    said = [p.text for p in passages if p.text.startswith("«") and p.text.count("«") == p.text.count("»") == 1]
+    assert {text[text.index("»") - 1 :][:3] for text in said} >= {".»", "?»", "?»,"}
+    assert not any(p.text.startswith(("»", ",")) for p in passages)
+    assert all(p.text[word.start : word.end] == word.facts["form"] for p in passages for word in p.words)
 
 
 def test_counts_are_those_that_were_counted_by_hand(shared):
