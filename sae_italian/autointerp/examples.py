@@ -252,10 +252,8 @@ class RuleJudge:
 
     def simulate(self, explanation: Explanation, examples: Any) -> list[Float[np.ndarray, " tokens"]]:
         """Return the mean activation that the rule has seen where it says what it says of the token."""
-        known = examples.segments.known
-        if examples not in known:
-            known[examples] = View(self.places, examples.segments.grid[examples.rows])
-        view = known[examples]
+        segments = examples.segments
+        view = segments.known.setdefault(examples, View(self.places, segments.grid[examples.rows]))
         expected = self._laid(explanation, examples)[0].at(view, "weight")
         return [own[:n] for own, n in zip(expected, (view.grid >= 0).sum(axis=1).tolist(), strict=True)]
 

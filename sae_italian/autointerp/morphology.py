@@ -211,10 +211,9 @@ def _closed() -> dict[str, tuple[str, ...]]:
         for feature, words in forms.items():
             for word in words.split():
                 add(word, kind, f"{kind} {word}", *agreeing(kind, feature), *agreeing("adjective", feature))
-    contracted = dict(_lists()["contracted"])
-    for stem, plain in contracted.pop("stems").items():
+    for plain, forms in _lists()["contracted"].items():
         add(plain, f"with {plain}")
-        for feature, endings in contracted.items():
-            for ending in endings.split():
-                add(stem + ending, "contracted", f"with {plain}", *agreeing("contracted", feature))
+        for feature, words in forms.items():
+            for word in words.split():
+                add(word, "contracted", f"with {plain}", *agreeing("contracted", feature))
     return {word: tuple(kinds) for word, kinds in found.items()}

@@ -13,6 +13,7 @@ import re
 from functools import cache, cached_property, partial
 from threading import Lock
 from typing import Any, Literal, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -27,6 +28,11 @@ Slot = Literal["here", "previous", "word-before", "next"]
 SUFFIXES: dict[Family, int] = {"suffix2": 2, "suffix3": 3, "suffix4": 4, "suffix5": 5}
 PREFIXES: dict[Family, int] = {"prefix3": 3, "prefix4": 4}
 LONGEST_WORD = 16  # pieces; a longer run is cut
+# a letter or digit, a mark that follows its letter (as macOS writes accents), a soft hyphen, or what is no whole letter
+_LETTER = re.compile("[^\\W_]|[\u0300-\u036f\u00ad\ufffd]")
+# a letter's first bytes, or nothing, at the end of a piece; nothing but its other bytes
+_HALF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})?\Z")
+_REST = re.compile(rb"[\x80-\xbf]+\Z")
 _WORD_END = re.compile(r"(\w+['’]?|[^\w\s]+|\s*)$")
 
 
@@ -66,15 +72,21 @@ class Places:
 
     def _word_starts(self) -> Bool[np.ndarray, " positions"]:
         """True where a piece begins a word: after a space, a sign or a break in the document, and at signs themselves."""
-        opens, closes, elides = (np.ones(self.vocab, dtype=bool) for _ in range(3))
-        for i, piece in enumerate(self._pieces):
-            text = piece.decode("utf-8", "replace")
-            opens[i] = not (text[:1].isalnum() or text[:1] == "\ufffd")
-            closes[i] = not (text[-1:].isalnum() or text[-1:] == "\ufffd")
-            elides[i] = text in ("'", "’")
-        tokens = self.source.tokens
-        after_letter = self.source.linked & ~np.append(True, closes[tokens[:-1]])
-        return ~(after_letter & (~opens[tokens] | elides[tokens]))
+        tokens, texts = self.source.tokens, [piece.decode("utf-8", "replace") for piece in self._pieces]
+        told = [(_LETTER.match(text), _LETTER.match(text[-1:]), text in ("'", "’")) for text in texts]
+        inside, goes_on, elides = np.array(told, dtype=bool)[tokens].T.copy()
+        half = [_HALF.findall(piece)[0] for piece in self._pieces]
+        for at in np.flatnonzero(np.array(half, dtype=bool)[tokens]).tolist():
+            # what a piece begins and does not end may be a letter or a sign: the bytes behind it tell
+            own, *others = tokens[at : at + 4].tolist()
+            whole = b"".join([half[own], *(self._pieces[other] for other in others)]).decode("utf-8", "replace")
+            goes_on[at] = _LETTER.match(whole)
+            if half[own] == self._pieces[own]:
+                inside[at], elides[at] = goes_on[at], whole[0] in "'’"
+        rest = np.array([_REST.match(piece) for piece in self._pieces], dtype=bool)[tokens]
+        begun = np.maximum.accumulate(np.where(rest, 0, np.arange(len(tokens), dtype=np.int32)))
+        after_letter = np.append(False, goes_on[begun][:-1])
+        return ~(self.source.linked & (rest | after_letter & (inside | elides)))
 
     def _words_so_far(self) -> tuple[Int[np.ndarray, " positions"], list[str]]:
         """Return the number of each position's word up to and with it, and the words, in small letters or not as written."""
@@ -94,7 +106,8 @@ class Places:
                 if numbers[i] == len(behind):
                     behind.append(text)
             word[here] = numbers[index]
-        ends = (_WORD_END.search(text.decode("utf-8", "replace").strip()) for text in behind)
+        texts = (normalize("NFC", text.decode("utf-8", "replace").replace("\u00ad", "")) for text in behind)
+        ends = (_WORD_END.search(text.strip()) for text in texts)
         return word, [end[0] for end in ends if end]  # each has one, which may be empty
 
     # --- families ------------------------------------------------------------------------------------------------

@@ -333,14 +333,12 @@ class Counts:
 
     def rule(self, family: Family, tally: Tally) -> KeyRule:
         """Return the rule on some keys of a family."""
-        return tally.rule(family, self._names(family, tally), self.n, self.base, self.mass)
-
-    def _names(self, family: Family, tally: Tally) -> list[str]:
         if tally.at is None:
-            return [self.places.name(family, key) for key in tally.keys.tolist()]
-        back = 1 if family == "bigram" else 2
-        tokens, strings = self.places.source.tokens, self.places.strings
-        return ["".join(strings[t] for t in tokens[p - back : p + 1].tolist()) for p in tally.at.tolist()]
+            names = [self.places.name(family, key) for key in tally.keys.tolist()]
+        else:
+            back, tokens, strings = 1 if family == "bigram" else 2, self.places.source.tokens, self.places.strings
+            names = ["".join(strings[t] for t in tokens[p - back : p + 1].tolist()) for p in tally.at.tolist()]
+        return tally.rule(family, names, self.n, self.base, self.mass)
 
     def frequent(self, family: Family) -> str:
         """Return the key of a family that much of the activation and a raised share of it lies on, or ""."""

@@ -301,11 +301,9 @@ def export(path: Path, out: Path, to: str, *, project: str | None = None) -> lis
     with _opened(path) as store:
         for name, file in zip(TABLES, files, strict=True):
             cursor = store.connection.execute(f"SELECT * FROM {name}")
-            names, rows = [column for column, *_ in cursor.description], cursor.fetchall()
-            cells: dict[str, Any] = dict(
-                zip(names, zip(*rows, strict=True) if rows else [()] * len(names), strict=True)
-            )
-            for key in set(names) & JSON_COLUMNS:
+            rows = cursor.fetchall()
+            cells = {column: [row[i] for row in rows] for i, (column, *_) in enumerate(cursor.description)}
+            for key in cells.keys() & JSON_COLUMNS:
                 cells[key] = [kept and json_of(kept) for kept in cells[key]]
             tables[name] = pyarrow.table(cells)
             if to == "jsonl":

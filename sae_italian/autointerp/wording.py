@@ -196,14 +196,8 @@ def shown_keys(rule: LatentRule) -> list[dict[str, object]]:
     mass = np.concatenate([table.mass for table in rule.tables])
     keys = [(table, i) for table in rule.tables for i in range(len(table.keys))]
     heaviest = [keys[number] for number in np.argsort(-mass.round(4), kind="stable")[:LISTED].tolist()]
-    return [
-        {
-            "tokens": quoted(table.family, table.names[i], "en"),
-            "weight": round(float(table.weights[i]), 4),
-            "mass": round(float(table.mass[i]), 4),
-        }
-        for table, i in heaviest
-    ]
+    told = [(quoted(table.family, table.names[i], "en"), table.weights[i], table.mass[i]) for table, i in heaviest]
+    return [{"tokens": name, "weight": round(float(w), 4), "mass": round(float(m), 4)} for name, w, m in told]
 
 
 # --- titles ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sae_italian.autointerp.choose import (
 from sae_italian.autointerp.draws import Activity
 from sae_italian.autointerp.examples import RuleJudge, latent_examples
 from sae_italian.autointerp.morphology import enclitic
-from sae_italian.autointerp.places import View, piece_bytes, piece_texts, shape_of
+from sae_italian.autointerp.places import Places, View, piece_bytes, piece_texts, shape_of
 from sae_italian.autointerp.rules import Counts, KeyRule, Path, Tally, TreeRule, TrieRule, rule_of
 from sae_italian.autointerp.scorers.budget import BUDGETS
 from sae_italian.autointerp.store import Store
@@ -143,6 +143,20 @@ def test_pieces_add_up_to_the_text(name):
     pieces = piece_bytes(tokenizer, len(tokenizer))
     assert b"".join(pieces[i] for i in ids).decode("utf-8").strip() == text
     assert len(piece_texts(tokenizer, len(tokenizer))) == len(tokenizer)
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_words_are_the_same_however_the_text_writes_them(name):
+    """Signs and marks that are several pieces, a byte each: they part words, elide or belong to a letter as whole ones do."""
+    tokenizer = TOKENIZERS[name]
+    tokens = tokenizer.encode(
+        "l’amico\u00a0dell’“università”… è perche\u0301 so\u00adno, città", add_special_tokens=False
+    )
+    linked = np.arange(len(tokens)) > 0
+    places = Places(SimpleNamespace(vocab=len(tokenizer), tokens=np.array(tokens), linked=linked), tokenizer)
+    ends = places.form_ends[places.form[:-1]]
+    words = [places.words[word] for word in places.form_word[places.form[:-1]][ends]]
+    assert " ".join(filter(None, words)) == "l’ amico dell’ “ università ” … è perché sono , città"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from tests.autointerp.test_rules import planted_activity
         ("parlando scrivendo guardandosi", "verb gerund"),
         ("parlano sono vengono scrissero", "verb third plural"),
         ("di del della degli dell' dell’ delle", "with di"),
+        ("con col coi", "with con"),
         ("due cento", "number"),
         ("lentamente già", "adverb"),
         ("gennaio maggio", "month"),
@@ -49,6 +50,7 @@ def test_what_kinds_a_word_is_of(words, kinds):
         ("parti", "verb infinitive"),  # no par- with -ti
         ("libri", "adjective masc plur"),
         ("programma", "noun fem sing"),
+        ("collo", "with con"),
         ("-", "any plur"),
     ],
 )
