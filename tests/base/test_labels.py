@@ -1,12 +1,19 @@
 """The bilingual table of labels: whole, in order, in both languages."""
 
 import dataclasses
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from sae_italian import micro_italiano
+from sae_italian.analysis.labels import _labels
+from sae_italian.analysis.treebank import label_names, micro_treebank
 from sae_italian.base.labels import filled, label, labels, page_labels
+from sae_italian.browser.page import static_text
 from sae_italian.evaluation.card import EvaluationCard
 
 
@@ -34,6 +41,23 @@ def test_numbers_are_written_as_the_language_does():
     text = "{n:,} {share:.1%} {share:.2f} {name} {yes}"
     assert filled(text, values, "it") == "65.536 12,3 % 0,12 1.5 True"
     assert filled(text, values, "en") == "65,536 12.3 % 0.12 1.5 True"
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is absent: apt-get install nodejs")
+def test_every_gold_and_treebank_label_is_told_in_words():
+    """The labels of MicroItaliano, of its latents and of treebanks, in UD's parts of speech, as the browser's page shows them."""
+    told = {"Language=it", "Language=en", *label_names([micro_treebank(300)])}
+    tags = "ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X"
+    told |= {f"{name}={tag}" for tag in tags.split() for name in ("UPOS", "upos")}
+    for document in micro_italiano.documents(300):
+        built = [span.labels["construction"] for span in document.constructions]
+        told |= {one for word in document.words for _, one in _labels(word.labels, built, document.register)}
+    page = f"const LABELS = {json.dumps(page_labels())};{static_text('base.js')}"
+    asked = f"{json.dumps(sorted(told))}.map((one) => [one, ...LANGUAGES.map(([name]) => labelName(one, name))])"
+    done = subprocess.run(["node"], input=f"{page}console.log(JSON.stringify({asked}))", capture_output=True, text=True)
+    names = {one: both for one, *both in json.loads(done.stdout)}
+    assert names["NOUN Fem Sing"] == ["sostantivo femminile singolare", "noun feminine singular"] and len(names) > 150
+    assert not [one for one, both in names.items() if any("=" in name or name == one for name in both)]
 
 
 def test_apostrophes_are_typographic():
