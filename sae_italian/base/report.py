@@ -79,13 +79,13 @@ def plain(value: Any) -> Any:
 
 
 def save_result(folder: Path, name: str, value: dict[str, Any], parts: Sequence[str] = (), **pictures: str) -> None:
-    """Write `name`.json with the time of writing, and each picture as its name.svg.
+    """Write `name`.json, made `plain`, with the time of writing, and each picture as its name.svg.
 
     With the parts of a text, `name`.md holds these, the pictures, and the legend that `labels.yaml` has under the name.
     Both say what a time bound has cut short.
     """
     cut = cut_short()
-    write_json(folder / f"{name}.json", {**value, "created": utc_now(), **({"cut_short": cut} if cut else {})})
+    write_json(folder / f"{name}.json", {**plain(value), "created": utc_now(), **({"cut_short": cut} if cut else {})})
     if parts:
         images = [f"![{picture}]({picture}.svg)" for picture in pictures]
         legend = [label(f"legends.{name}", language) for language in ("en", "it")]

@@ -29,7 +29,7 @@ from sae_italian.base.errors import UsageError
 from sae_italian.base.hub import WandbRun
 from sae_italian.base.labels import label
 from sae_italian.base.report import page, plain, save_result, shown, table
-from sae_italian.base.statistics import Estimate, mean_interval
+from sae_italian.base.statistics import NOTHING, Estimate, mean_interval
 from sae_italian.base.storage import fingerprint, package_versions, read_json, understood, write_json, write_text
 from sae_italian.benchmark.run import SETTINGS
 
@@ -179,8 +179,7 @@ def _entries(folder: Path, value: Mapping[str, Any]) -> Iterator[Entry]:
             if own.is_file():
                 files = {"control": read_json(control), "own": read_json(own)}
                 task = value["tasks"][told["task"]]
-                task = {**task, "task": told["task"], "marked": task["form"]}
-                rows[problem] = {**task, **numbers(**files), **files}
+                rows[problem] = {**task, "task": told["task"], "marked": task["form"], **numbers(**files), **files}
         if rows:
             yield Entry(name, {**facts, **settings}, pd.DataFrame.from_dict(rows, orient="index"))
 
@@ -218,7 +217,8 @@ def headline(entries: Sequence[Entry]) -> Board:
     rows = []
     for rank, entry in zip(ranks(entries), entries, strict=True):
         numbers = [shown(entry.estimate(column), ".3f") for column in COLUMNS]
-        rest = f"{entry.reseed:.4f}", str(len(entry.by_task("auc_16"))), ", ".join(entry.facts["seen"]) or "-"
+        reseed = shown(NOTHING._replace(value=entry.reseed), ".4f")
+        rest = reseed, str(len(entry.by_task("auc_16"))), ", ".join(entry.facts["seen"]) or "-"
         rows.append([str(rank), entry.name, *numbers, *rest])
     names = ("rank", "sae", *COLUMNS, "reseed", "tasks", "seen")
     return _board(both("headline"), names, rows, _foot(entries))
@@ -227,9 +227,9 @@ def headline(entries: Sequence[Entry]) -> Board:
 def _foot(entries: Sequence[Entry]) -> Iterator[str]:
     """Yield what stands at the foot of a table: what differences could be told apart, and what noise there is."""
     for above, below in zip(entries, entries[1:], strict=False):
-        found = compare(above, below)
-        what = "distinguishable" if found.distinguishable else "not_distinguishable"
-        yield both(what, a=above.name, b=below.name, **found._asdict())
+        if not np.isnan((found := compare(above, below)).value):  # one task says nothing of a difference
+            what = "distinguishable" if found.distinguishable else "not_distinguishable"
+            yield both(what, a=above.name, b=below.name, **found._asdict())
     for name, (sd, n) in training_noise(entries).items():
         yield both("training_noise", name=name, sd=sd, n=n)
     yield both("legend")
@@ -249,7 +249,8 @@ def problems(entry: Entry) -> Board:
     rows = []
     for name, row in entry.problems.iterrows():
         marked = f"{row.en} · {row.it}" + (" *" if row.control["exploratory"] else "")
-        rows.append([str(name), marked, *(f"{row[column]:.3f}" for column in OWN), str(row.control["n_test"])])
+        numbers = (shown(NOTHING._replace(value=row[column]), ".3f") for column in OWN)
+        rows.append([str(name), marked, *numbers, str(row.control["n_test"])])
     every = ("problem", "task", *OWN, "n_test")
     return _board(f"{entry.name}: {both('problems')}", every, rows, [both("exploratory")])
 
@@ -260,7 +261,7 @@ def write(folder: Path, entries: Sequence[Entry], told: Mapping[str, Any]) -> Bo
     boards = [first._replace(notes=[*first.notes, *notes]), families(entries), *map(problems, entries)]
     _pages(folder / "benchmark", both("title"), boards)
     rows = [
-        {c: plain(entry.estimate(c)) for c in COLUMNS}
+        {c: entry.estimate(c) for c in COLUMNS}
         | {key: entry.facts[key] for key in ("architecture", "d_sae", "hook", "model", "seen")}
         | {"sae": entry.name, "reseed": entry.reseed, "tasks": len(entry.by_task("auc_16"))}
         for entry in entries
@@ -278,8 +279,7 @@ def _notes(told: Mapping[str, Any]) -> Iterator[str]:
     if told["n_copies"]:
         yield both("copies", n=told["n_copies"])
     beyond = (why for size in told["hooks"].values() for why in size["refused"])
-    refused = dict.fromkeys([*told["refused"], *beyond])
-    if refused:
+    if refused := dict.fromkeys([*told["refused"], *beyond]):
         yield both("refused", tasks="; ".join(refused))
 
 

@@ -97,6 +97,12 @@ def test_typed_special_tokens_are_counted(mini, tmp_path):
     assert stats["typed_special_tokens"] == 2 and corpus_stats(tmp_path / "a.txt", None)["typed_special_tokens"] is None
 
 
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_marks_and_soft_hyphens_part_no_word(form, tmp_path):
+    (tmp_path / "a.txt").write_text(normalize(form, "È un’altra cit\u00adtà, perch\u00adé no? dell''Aquila"), "utf-8")
+    assert corpus_stats(tmp_path / "a.txt", None)["words"] == 7
+
+
 def test_accents_that_follow_their_letter_belong_to_its_token():
     """A tokenizer that composes letters, as Qwen's, leaves the accent out of its spans: text ended as «perche»."""
     tokenizer = Tokenizer(models.WordLevel({"perché": 1, "città": 2, "e": 3, "?": 0}, unk_token="?"))
