@@ -54,7 +54,7 @@ from sae_italian.saes import check_fits
 DETECTED = 0.8  # F1 on the test documents from which a label counts as detected
 LEAST_WORDS = 30  # in either half
 _FEATURES = ("upos", *(name.lower() for name in FEATURES))
-_COMBINED = [tuple(name.lower() for name in names) for names in COMBINED]
+_COMBINED = [*(tuple(name.lower() for name in names) for names in COMBINED), ("upos", "gender", "number")]
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,6 @@ def _labels(labels: dict[str, str], constructions: Sequence[str], register: str)
     """Return the (category, label) pairs of one word."""
     groups = [names for names in (*zip(_FEATURES), *_COMBINED) if set(names) <= set(labels)]
     found = [("+".join(names), " ".join(f"{name}={labels[name]}" for name in names)) for names in groups]
-    if "upos" in labels and {"gender", "number"} <= set(labels):
-        found.append(("upos+gender+number", f"{labels['upos']} {labels['gender']} {labels['number']}"))
     if labels.get("upos") != "PUNCT":
         found.append(("lemma", f"lemma={labels['lemma']}"))
     found += [("construction", f"construction={name}") for name in constructions]

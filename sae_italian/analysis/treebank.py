@@ -231,7 +231,8 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
     Raises: UsageError when no word is left, or the model has no such hook.
     """
     tokens, spans = _tokenised(treebank.sentences, model.tokenizer, context_size)
-    last = [last_tokens(sentence, own) for sentence, own in zip(treebank.sentences, spans, strict=True)]
+    both = zip(treebank.sentences, spans, strict=True)
+    last = [last_tokens(sentence, own, context_size - 1) for sentence, own in both]
     batches, read = batches_of(dict(enumerate(map(len, tokens)))), {}
     random = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
     for batch in paced(random, treebank.name, len(tokens), "sentence", size=len):
@@ -261,17 +262,14 @@ def micro_words(model: Any, hook_name: str, n_documents: int, *, context_size: i
 def _tokenised(
     sentences: Sequence[Sentence], tokenizer: Any, context_size: int
 ) -> tuple[list[np.ndarray], list[Int[np.ndarray, "tokens 2"]]]:
-    """Return each sentence's ids, BOS first, and the spans of the tokens after it, cut to the context."""
-    ids, spans = [], []
-    for found in tokenise(tokenizer, [sentence.text for sentence in sentences]):
-        token, start, end = (np.asarray(part)[: context_size - 1] for part in found)
-        ids.append(np.concatenate([[bos_id(tokenizer)], token]).astype(np.int64))
-        spans.append(np.stack([start, end], axis=1))
-    return ids, spans
+    """Return each sentence's ids, BOS first, cut to the context, and the spans of all its tokens but the BOS."""
+    found = tokenise(tokenizer, [sentence.text for sentence in sentences])
+    ids = [np.append(bos_id(tokenizer), tokens[0, : context_size - 1]).astype(np.int64) for tokens in found]
+    return ids, [tokens[1:].T for tokens in found]
 
 
-def last_tokens(sentence: Sentence, spans: Int[np.ndarray, "tokens 2"]) -> Int[np.ndarray, " words"]:
-    """Return for each word the token that completes it, -1 where the sentence was cut before.
+def last_tokens(sentence: Sentence, spans: Int[np.ndarray, "tokens 2"], most: int) -> Int[np.ndarray, " words"]:
+    """Return for each word the token that completes it, -1 where it is none of the first `most`, which alone are read.
 
     That is the last token that ends within the word, or where one token covers the word's end and more, that token.
     """
@@ -282,7 +280,8 @@ def last_tokens(sentence: Sentence, spans: Int[np.ndarray, "tokens 2"]) -> Int[n
     beyond = within + 1
     complete, straddled = last[within] == end, first[beyond] < end
     uncut = (last[within] > start) & (beyond <= len(spans))
-    return np.select([complete, straddled, uncut], [within, beyond, within], default=0) - 1
+    found = np.select([complete, straddled, uncut], [within, beyond, within], default=0) - 1
+    return np.where(found < most, found, -1)
 
 
 def batches_of(lengths: Mapping[int, int]) -> list[list[int]]:

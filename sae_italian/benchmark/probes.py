@@ -93,8 +93,8 @@ def read_texts(model: Any, hook_name: str, texts: Sequence[str], folder: Path) -
     A stopped computation goes on with the file it was at. Raises: DataError when the folder holds those of another model,
     of another revision of it, or of other texts.
     """
-    found = [np.asarray(token)[:, : CONTEXT - 1] for token in tokenise(model.tokenizer, list(texts))]
-    ids, spans = [part[0].astype(np.int64) for part in found], [part[1:].T for part in found]
+    found = tokenise(model.tokenizer, list(texts))
+    ids, spans = [part[0, : CONTEXT - 1].astype(np.int64) for part in found], [part[1:].T for part in found]
     order = batches_of({i: len(own) + 1 for i, own in enumerate(ids) if len(own)})
     wanted = model_identity(model) | {"hook_name": hook_name, "texts": fingerprint([i.tolist() for i in ids])}
     file = folder / "manifest.json"
@@ -133,9 +133,9 @@ def tokens_read(text: str, spans: Int[np.ndarray, "tokens 2"], where: int) -> In
     """Return the tokens whose mean a point is: of a text all or the last, of a word that which completes it, if any does."""
     if where >= 0:
         word = Word(text.rfind(" ", 0, where) + 1, where, frozenset())
-        last = last_tokens(Sentence(text, [word], True), spans)
+        last = last_tokens(Sentence(text, [word], True), spans, CONTEXT - 1)
         return last[last >= 0]
-    tokens = np.flatnonzero(spans[:, 1] <= stop(text))
+    tokens = np.flatnonzero(spans[: CONTEXT - 1, 1] <= stop(text))
     tokens = tokens if len(tokens) else np.zeros(1, dtype=np.int64)
     return tokens[-1:] if where == LAST_OF else tokens
 

@@ -151,16 +151,19 @@ def test_each_word_is_read_at_the_token_that_completes_it(mini):
             start += len(form)
         sentence = Sentence(text, words, True)
         _, (spans,) = _tokenised([sentence], mini.tokenizer, 128)
-        for word, last in zip(words, last_tokens(sentence, spans).tolist(), strict=True):
+        for word, last in zip(words, last_tokens(sentence, spans, 127).tolist(), strict=True):
             assert last >= 0 and spans[last, 1] >= word.end and spans[last, 0] < word.end
             assert last + 1 == len(spans) or spans[last + 1, 1] > word.end  # the last one, of a character in bytes too
 
 
 def test_tokens_that_cut_words_across_and_sentences_that_are_cut():
     sentence = Sentence("ab cd ef", [Word(0, 2, frozenset()), Word(3, 5, frozenset()), Word(6, 8, frozenset())], True)
-    assert last_tokens(sentence, np.array([[0, 1], [1, 4], [4, 5], [5, 8]])).tolist() == [1, 2, 3]
-    assert last_tokens(sentence, np.array([[0, 2], [2, 4]])).tolist() == [0, -1, -1]
-    assert last_tokens(sentence, np.zeros((0, 2), int)).tolist() == [-1, -1, -1]
+    assert last_tokens(sentence, np.array([[0, 1], [1, 4], [4, 5], [5, 8]]), 9).tolist() == [1, 2, 3]
+    assert last_tokens(sentence, np.array([[0, 2], [2, 4]]), 9).tolist() == [0, -1, -1]
+    assert last_tokens(sentence, np.zeros((0, 2), int), 9).tolist() == [-1, -1, -1]
+    bytes_of_b = np.array([[0, 1], [1, 2], [1, 2], [2, 5]])  # a letter in two tokens
+    assert last_tokens(sentence, bytes_of_b, 4)[:2].tolist() == [2, 3]
+    assert last_tokens(sentence, bytes_of_b, 2)[:2].tolist() == [-1, -1], "the context ends within the letter"
 
 
 @pytest.mark.shared
