@@ -100,7 +100,8 @@ def token_text(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 def tokens_inside(tokenizer: Any, words: Sequence[str], language: str = "it") -> list[tuple[int, ...]]:
     """Return the tokens of " " + each word within a sentence: at its start a tokenizer may add a space of its own."""
     before = "and" if language == "en" else "e"
-    alone, *each = tokenizer([before, *(f"{before} {word}" for word in words)], add_special_tokens=False).input_ids
+    texts = [before, *(f"{before} {word}" for word in words)]
+    alone, *each = tokenizer(texts, add_special_tokens=False).input_ids
     return [tuple(ids[len(alone) :]) for ids in each]
 
 

@@ -268,7 +268,7 @@ def _tokenised(
     return ids, [tokens[1:].T for tokens in found]
 
 
-def last_tokens(sentence: Sentence, spans: Int[np.ndarray, "tokens 2"], most: int) -> Int[np.ndarray, " words"]:
+def last_tokens(sentence: Sentence, spans: Int[np.ndarray, "n 2"], most: int) -> Int[np.ndarray, " words"]:
     """Return for each word the token that completes it, -1 where it is none of the first `most`, which alone are read.
 
     That is the last token that ends within the word, or where one token covers the word's end and more, that token.

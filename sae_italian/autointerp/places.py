@@ -79,7 +79,7 @@ class Places:
         for at in np.flatnonzero(np.array(half, dtype=bool)[tokens]).tolist():
             # what a piece begins and does not end may be a letter or a sign: the bytes behind it tell
             own, *others = tokens[at : at + 4].tolist()
-            whole = b"".join([half[own], *(self._pieces[other] for other in others)]).decode("utf-8", "replace")
+            whole = b"".join([half[own], *(self._pieces[i] for i in others)]).decode("utf-8", "replace")
             goes_on[at] = _LETTER.match(whole)
             if half[own] == self._pieces[own]:
                 inside[at], elides[at] = goes_on[at], whole[0] in "'’"

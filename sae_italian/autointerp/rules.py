@@ -336,8 +336,8 @@ class Counts:
         if tally.at is None:
             names = [self.places.name(family, key) for key in tally.keys.tolist()]
         else:
-            back, tokens, strings = 1 if family == "bigram" else 2, self.places.source.tokens, self.places.strings
-            names = ["".join(strings[t] for t in tokens[p - back : p + 1].tolist()) for p in tally.at.tolist()]
+            windows = self.places.source.tokens[tally.at[:, None] + np.arange(-1 if family == "bigram" else -2, 1)]
+            names = ["".join(self.places.strings[token] for token in window) for window in windows.tolist()]
         return tally.rule(family, names, self.n, self.base, self.mass)
 
     def frequent(self, family: Family) -> str:

@@ -196,8 +196,8 @@ def shown_keys(rule: LatentRule) -> list[dict[str, object]]:
     mass = np.concatenate([table.mass for table in rule.tables])
     keys = [(table, i) for table in rule.tables for i in range(len(table.keys))]
     heaviest = [keys[number] for number in np.argsort(-mass.round(4), kind="stable")[:LISTED].tolist()]
-    told = [(quoted(table.family, table.names[i], "en"), table.weights[i], table.mass[i]) for table, i in heaviest]
-    return [{"tokens": name, "weight": round(float(w), 4), "mass": round(float(m), 4)} for name, w, m in told]
+    told = [(quoted(one.family, one.names[i], "en"), one.weights[i], one.mass[i]) for one, i in heaviest]
+    return [{"tokens": key, "weight": round(float(w), 4), "mass": round(float(m), 4)} for key, w, m in told]
 
 
 # --- titles ----------------------------------------------------------------------------------------------------------

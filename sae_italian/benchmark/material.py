@@ -172,7 +172,7 @@ def micro_passages(n: int = MICRO_DOCUMENTS) -> list[Passage]:
     for document in micro_italiano.documents(n, MICRO_SEED):
         for spans in _sentences(document):
             start, end = spans[0].start, spans[-1].end
-            words = [PlacedWord(s.start - start, s.end - start, _micro_facts(s, document.text)) for s in spans]
+            words = [PlacedWord(s.start - start, s.end - start, _micro_facts(s, document)) for s in spans]
             held = [s.labels["construction"] for s in document.constructions if s.start < end and s.end > start]
             text, n_words = document.text[start:end], sum(w.facts["upos"] != "PUNCT" for w in words)
             facts = _length(n_words, text) | {"constructions": " ".join(held)}
@@ -190,10 +190,10 @@ def register_passages(n: int = MICRO_BEGINNINGS) -> list[Passage]:
     return found
 
 
-def _micro_facts(word: micro_italiano.Span, text: str) -> dict[str, str]:
+def _micro_facts(word: micro_italiano.Span, document: micro_italiano.GoldDocument) -> dict[str, str]:
     features = {name: word.labels[name.lower()] for name in FEATURES if name.lower() in word.labels}
     kept = {key: word.labels[key] for key in ("lemma", "upos", "contracted") if key in word.labels}
-    return features | kept | {"form": text[word.start : word.end]}
+    return features | kept | {"form": document.text[word.start : word.end]}
 
 
 def _sentences(document: micro_italiano.GoldDocument) -> Iterator[list[micro_italiano.Span]]:
