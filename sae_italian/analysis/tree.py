@@ -115,8 +115,7 @@ def causal_tree(
         raise UsageError(f"the SAEs read at {', '.join(hooks)}; give them in the order of layers, the target last.")
     written_directions(saes[-1][1], [latent])  # refuses a latent that there is not, before any text is read
     context = activations.check_context(context_size, model.config)
-    windows = corpus_windows(model, corpus, context, n_tokens, "heldout")
-    tokens = torch.cat([some.tokens for some in windows])
+    tokens = torch.cat([some.tokens for some in corpus_windows(model, corpus, context, n_tokens, "heldout")])
     reads = [read_many(model, some.to(model.device), hooks) for some in tokens.split(ROWS)]
     acts = {hook: torch.cat([read[hook].cpu() for read in reads]) for hook in hooks}
     root = _Growth(model, saes, hooks, tokens, acts, branches, n_contexts, seed).node(len(saes) - 1, latent, None)

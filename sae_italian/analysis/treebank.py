@@ -231,8 +231,7 @@ def read_words(model: Any, hook_name: str, treebank: Treebank, names: Sequence[s
     Raises: UsageError when no word is left, or the model has no such hook.
     """
     tokens, spans = _tokenised(treebank.sentences, model.tokenizer, context_size)
-    both = zip(treebank.sentences, spans, strict=True)
-    last = [last_tokens(sentence, own, context_size - 1) for sentence, own in both]
+    last = [last_tokens(*each, context_size - 1) for each in zip(treebank.sentences, spans, strict=True)]
     batches, read = batches_of(dict(enumerate(map(len, tokens)))), {}
     random = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
     for batch in paced(random, treebank.name, len(tokens), "sentence", size=len):

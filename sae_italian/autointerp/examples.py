@@ -252,8 +252,9 @@ class RuleJudge:
 
     def simulate(self, explanation: Explanation, examples: Any) -> list[Float[np.ndarray, " tokens"]]:
         """Return the mean activation that the rule has seen where it says what it says of the token."""
-        segments = examples.segments
-        view = segments.known.setdefault(examples, View(self.places, segments.grid[examples.rows]))
+        if examples not in examples.segments.known:
+            examples.segments.known[examples] = View(self.places, examples.segments.grid[examples.rows])
+        view = examples.segments.known[examples]
         expected = self._laid(explanation, examples)[0].at(view, "weight")
         return [own[:n] for own, n in zip(expected, (view.grid >= 0).sum(axis=1).tolist(), strict=True)]
 

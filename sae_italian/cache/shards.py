@@ -81,9 +81,7 @@ def write_token_shard(out: Path, index: int, block: PackedBlock) -> ShardRecord:
     context = block.tokens.shape[1]
     arrays = {
         "tokens": block.tokens.astype(smallest_uint(int(block.tokens.max()))),
-        "doc": block.doc.astype(np.uint32),
-        "start": block.start.astype(np.uint32),
-        "end": block.end.astype(np.uint32),
+        **{name: getattr(block, name).astype(np.uint32) for name in ("doc", "start", "end")},
         "run": run_starts(block.doc).astype(smallest_uint(context - 1)),
         **_document_arrays(block.documents),
     }

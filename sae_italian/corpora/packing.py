@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from sae_italian.base.errors import UsageError, check_whole, nearest
+from sae_italian.base.errors import UsageError, check_known, check_whole
 from sae_italian.base.report import OURS, svg
 from sae_italian.corpora.filters import language_of
 from sae_italian.corpora.stream import CorpusStream, Reader, TextDocument, check_ends
@@ -56,8 +56,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Token
 
 def batched(documents: Iterable[TextDocument], size: int) -> Iterator[list[TextDocument]]:
     """Yield lists of `size` documents, shorter ones where these are long, and at the end."""
-    batch: list[TextDocument] = []
-    n_characters = 0
+    batch, n_characters = list[TextDocument](), 0
     for document in documents:
         batch.append(document)
         n_characters += len(document.text)
@@ -123,9 +122,7 @@ def layout_of(
     bos = bos_id(tokenizer) if prepend_bos else None
     if separator is None or (isinstance(separator, int) and separator in range(len(tokenizer))):
         return Layout(bos, separator)
-    if separator not in (names := ("bos", "eos", "sep")):
-        ids = f"Or give an id, 0 to {len(tokenizer) - 1}."
-        raise UsageError(f"separator {separator!r} is unknown. {nearest(str(separator), names)} {ids}")
+    check_known("separator", ("bos", "eos", "sep", f"an id of 0 to {len(tokenizer) - 1}"), separator)
     found = bos_id(tokenizer) if separator == "bos" else getattr(tokenizer, f"{separator}_token_id")
     if found is None:
         raise UsageError(f"the tokenizer has no {separator} token; give the separator's id, or none.")

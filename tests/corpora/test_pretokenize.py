@@ -131,7 +131,7 @@ def test_another_run_in_the_folder_and_bad_settings_are_refused(corpus, tmp_path
         make(corpus, TOKENIZER, tmp_path / "b", context_size=16, separator="sep")
     for beyond in (len(TOKENIZER), 2**40, -1):  # it was written into the windows, or was no 32 bits
         with pytest.raises(
-            UsageError, match=f"separator {beyond} is unknown.* Or give an id, 0 to {len(TOKENIZER) - 1}"
+            UsageError, match=f"separator {beyond} is unknown. Valid: .*an id of 0 to {len(TOKENIZER) - 1}"
         ):
             make(corpus, TOKENIZER, tmp_path / "b", context_size=16, separator=beyond)
     with pytest.raises(UsageError, match="does not fill one window"):
