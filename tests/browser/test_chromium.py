@@ -301,7 +301,8 @@ def test_link_and_json_are_copied(tab: Any, folder: Path) -> None:
 def test_permalink_next_and_unknown_latent(tab: Any, folder: Path) -> None:
     show(tab, folder, "#latent=77")
     assert tab.inner_text(".card-page .which") == "Latente 77"
-    tab.goto(folder.as_uri() + "#latent=9999")
+    tab.goto("about:blank")
+    tab.goto(folder.as_uri() + "#latent=9999")  # of which there is no file to ask for
     assert "9999 non è in questa cartella" in tab.inner_text(".card-page .notice")
     tab.click(".back")
     tab.wait_for_selector(".latents")
@@ -993,6 +994,29 @@ def test_nothing_that_a_reader_writes_is_lost(tab: Any, folder: Path, tmp_path: 
     source.run_record = {**source.run_record, "sae_hash": "un altro seme"}
     show(tab, write_browser(tmp_path / "out", source), "#latent=1")
     assert tab.get_attribute(".star", "aria-pressed") == "false"  # latent 1 of another SAE is another latent
+
+
+def test_a_card_open_in_two_tabs_shows_what_the_other_wrote_and_loses_none_of_it(tab: Any, folder: Path) -> None:
+    other = tab.context.new_page()
+    for page in (tab, other):
+        show(page, folder, "#latent=1")
+        page.click(".mine summary")
+    tab.click(".star")
+    tab.fill(".mine textarea", "della prima")
+    tab.fill(".mine input", "uno, ")
+    other.wait_for_selector(".star[aria-pressed=true]")
+    until(other, "document.querySelector('.mine input').value === 'uno'")
+    for box, words in (("textarea", " e della seconda"), ("input", ", due")):
+        other.press(f".mine {box}", "End")
+        other.locator(f".mine {box}").press_sequentially(words)
+    until(tab, "document.querySelector('.mine input').value === 'uno, due'")
+    assert stored(tab) == {"1": {"lists": ["★", "uno", "due"], "note": "della prima e della seconda"}}
+    other.click(".star")
+    tab.wait_for_selector(".star[aria-pressed=false]")
+    tab.locator(".mine input").press_sequentially(", ")  # half a name stays as it is being written
+    tab.evaluate(f"""localStorage.setItem({KEPT}[0], '{{"1": {{"lists": ["uno", "due"], "note": "di un altro"}}}}');
+      window.dispatchEvent(new Event("focus"))""")  # a tab that slept was not told
+    assert tab.input_value(".mine textarea") == "di un altro" and tab.input_value(".mine input") == "uno, due, "
 
 
 @pytest.mark.parametrize("trouble", ["full", "refused"])

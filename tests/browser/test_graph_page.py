@@ -152,8 +152,10 @@ def test_every_node_is_in_a_list_and_nothing_is_nameless_or_pale(tab: Any, index
     assert tab.evaluate(NAMELESS) == [] and tab.evaluate(LOW_CONTRAST) == []
     tab.click(".theme")
     assert tab.evaluate(LOW_CONTRAST) == []
-    tab.set_viewport_size({"width": 390, "height": 800})
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    tab.set_viewport_size({"width": 320, "height": 800})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 320
+    whole = "(buttons) => buttons.every((one) => one.scrollWidth <= one.clientWidth && one.clientWidth > 30)"
+    assert tab.locator(".top .switch button").evaluate_all(whole)
 
 
 def test_texts_are_never_markup(tab: Any, tmp_path: Path) -> None:  # noqa: F811

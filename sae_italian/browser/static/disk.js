@@ -135,10 +135,10 @@ function diskSource(folder = "data") {
       if (latent < n) await shardOf(Math.floor(latent / size)).catch(() => {}); // said when its card is opened
     },
     async card(latent) {
-      const { cards_per_shard: size } = await about();
+      const { cards_per_shard: size, rows: n } = await about();
+      if (latent >= n) return null;
       const { cards, documents } = await shardOf(Math.floor(latent / size));
-      const card = cards[latent];
-      return card ? cardOf(structuredClone(card), documents) : null;
+      return cardOf(structuredClone(cards[latent]), documents);
     },
     async compare() {
       const { compare } = await about();

@@ -9,7 +9,7 @@ function marksOf(run) {
   const key = ["marks", model, hook, size, hash].filter(Boolean).join(".");
   let held = {}; // by latent, all numbers
   const of = (latent) => held[latent] ?? { lists: [], note: "" };
-  const marks = { stale: false, kept: true, changed() {} }; // what shows them says what to do then
+  const marks = { stale: false, kept: true, changed() {}, star() {}, boxes() {} }; // what shows them says what to do then
   function set(latent, change) {
     held[latent] = { ...of(latent), ...change };
     if (!held[latent].lists.length && !held[latent].note) delete held[latent];
@@ -29,8 +29,14 @@ function marksOf(run) {
     held = {};
     try { take(JSON.parse(prefs.get(key)) ?? {}); } catch { /* not ours */ }
   }
+  function found() { // a card that is open shows it too: what is typed there next is written as a whole
+    again();
+    marks.stale = true;
+    marks.star();
+    marks.boxes();
+  }
   again();
-  window.addEventListener("storage", again);
+  for (const event of ["storage", "focus", "pageshow"]) window.addEventListener(event, found);
   return Object.assign(marks, {
     of,
     put(latent, change) { again(); set(latent, change); keep(); marks.stale = true; },
@@ -71,16 +77,24 @@ function starButton(ctx, latent) {
   } }, STAR + " " + ctx.t("star"));
   const show = () => button.setAttribute("aria-pressed", String(ctx.marks.has(latent, STAR)));
   show();
+  ctx.marks.star = show;
   return button;
 }
 
 function notesPanel(ctx, latent) {
-  const { lists, note } = ctx.marks.of(latent);
-  const own = lists.filter((name) => name !== STAR);
+  const own = () => ctx.marks.of(latent).lists.filter((name) => name !== STAR);
+  const written = () => listed([names.value.replaceAll(STAR, "")]);
   const change = (made) => () => write(ctx, latent, made()); // with each letter: a page may be closed at any time
-  const names = h("input", { type: "text", value: own.join(", "), oninput: change(() => ({ lists: listed([...(ctx.marks.has(latent, STAR) ? [STAR] : []), names.value.replaceAll(STAR, "")]) })) });
-  const words = h("textarea", { rows: 2, oninput: change(() => ({ note: words.value.trim() })) }, note);
-  return h("details", { class: "panel mine", open: Boolean(note || own.length) }, h("summary", {}, h("h3", {}, ctx.t("mine"))),
+  const names = h("input", { type: "text", oninput: change(() => ({ lists: [...(ctx.marks.has(latent, STAR) ? [STAR] : []), ...written()] })) });
+  const words = h("textarea", { rows: 2, oninput: change(() => ({ note: words.value.trim() })) });
+  const fill = () => { // what says the same stays as it is being typed
+    const { note } = ctx.marks.of(latent);
+    if (String(written()) !== String(own())) names.value = own().join(", ");
+    if (words.value.trim() !== note.trim()) words.value = note;
+  };
+  fill();
+  ctx.marks.boxes = fill;
+  return h("details", { class: "panel mine", open: Boolean(words.value || names.value) }, h("summary", {}, h("h3", {}, ctx.t("mine"))),
     h("p", { class: "note muted" }, ctx.t("mine.note")),
     h("label", {}, ctx.t("mine.lists"), names), h("label", {}, ctx.t("mine.words"), words));
 }
