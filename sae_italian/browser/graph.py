@@ -70,8 +70,7 @@ def _told(source: LatentSource, latent: int, href: str) -> dict[str, Any]:
         for c in group["contexts"][:CONTEXTS]
     ]
     return {
-        "label_it": explained.text_it if explained else "",
-        "label_en": explained.text_en if explained else "",
+        **{f"label_{lang}": getattr(explained, f"text_{lang}") for lang in ("it", "en")},
         "contexts": rounded(contexts, 3),
         "href": f"{href}#latent={latent}" if href else "",
     }
@@ -136,9 +135,8 @@ def _data(graph: Graph, latents: Latents, checked: Checked | None) -> dict[str, 
     shown = np.isin(np.arange(len(kept)), order[:MOST_NODES])
     kept, small = kept[shown], small.only(shown)
     nodes, (target, source, weight) = small.nodes, small.edges()
-    keys = [
-        *zip(nodes.layer.tolist(), nodes.index.tolist(), strict=True)
-    ]  # what is no latent has another layer, or index
+    # what is no latent has another layer, or index
+    keys = [*zip(nodes.layer.tolist(), nodes.index.tolist(), strict=True)]
     labels = {lang: {key: told[f"label_{lang}"] for key, told in latents.items()} for lang in ("it", "en")}
     random = checked.scores["random"] if checked else None
     return {

@@ -120,6 +120,7 @@ class PageAnswers:
                     404,
                 )
             return self.live.call(name, argument)
+        source.refresh()
         if name == "near" and self.encoder is not None:
             sentence = checked_text("sentence", argument.get("sentence") if isinstance(argument, dict) else None)
             return {"near": nearest_in_meaning(source, self.encoder, sentence)}
@@ -131,7 +132,6 @@ class PageAnswers:
             return PageAnswers(self.other.source)(name.removeprefix("other/"), argument)
         if self.other is not None and name == "matches":
             return self.other.matches
-        source.refresh()
         if name == "rows":
             return source.rows()
         if name not in ("card", "wide"):

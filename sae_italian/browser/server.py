@@ -23,6 +23,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import uvicorn
@@ -30,7 +31,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -72,7 +73,7 @@ class Server(BaseHTTPMiddleware):
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="live")
         sources = [answers.source, *([answers.other.source] if answers.other else [])]
         self.manifests = [(file, file.read_bytes()) for file in (one.cache.folder / MANIFEST for one in sources)]
-        self._rows: tuple[Any, Response] | None = None
+        self._rows = lru_cache(1)(lambda version: as_json(answers("rows")))
         js, css = script("served"), style()
         routes = [
             Route("/", self.page),
@@ -83,6 +84,7 @@ class Server(BaseHTTPMiddleware):
         ]
         handlers: Any = {
             SaeItalianError: lambda _, error: as_json(in_both(error), getattr(error, "status", 422)),
+            ClientDisconnect: lambda *_: Response(status_code=400),  # which nobody reads
             HTTPException: lambda _, error: as_json(in_both(error.detail), error.status_code),
             Exception: lambda _, error: as_json(in_both(f"a defect of ours: {type(error).__name__}"), 500),
         }
@@ -122,12 +124,9 @@ class Server(BaseHTTPMiddleware):
 
     def _record(self, name: str, argument: Any) -> Response:
         """Return an answer; the list is made once, and again when explanations or scores were stored since."""
-        if name != "rows":
-            return as_json(self.answers(name, argument))
-        now = self.answers.source.version()
-        if self._rows is None or self._rows[0] != now:
-            self._rows = now, as_json(self.answers(name))
-        return self._rows[1]
+        if name == "rows":
+            return self._rows(self.answers.source.version())
+        return as_json(self.answers(name, argument))
 
     async def work(self, request: Request) -> Response:
         if not self._knows(request.headers.get("x-token", "")):

@@ -76,17 +76,17 @@ class LatentSource:
             if sae is None and younger and weights_hash(load_sae(there)) != cache.manifest.sae_hash:
                 there = cache.folder  # another was trained there since: its card is not shown
         self.seeds = read_seeds(there) or {}
-        self._read_results(cache.folder / RESULTS, there)
+        self._sae_folder = there
         self.graphs: dict[int, list[Record]] = {}  # by latent, those that a page beside them links to
         self._local, self._version = threading.local(), None
         self.refresh()
 
-    def _read_results(self, file: Path, sae: Path) -> None:
+    def _read_results(self, file: Path) -> None:
         try:
             results = read_json(file) if file.is_file() else {}
             if "card" not in results:  # `evaluate` leaves it with the SAE; an older version's is not shown
                 with suppress(DataError):
-                    results["card"] = plain(read_card(sae))
+                    results["card"] = plain(read_card(self._sae_folder))
             self.metrics: list[Record] = records(results, "metrics")
             self.controls: list[Record] = records(results, "controls")
             self.gold: list[dict[str, Any]] = list(results.get("gold") or [])
@@ -97,15 +97,16 @@ class LatentSource:
     # --- what is stored beside the cache -----------------------------------------------------------------------------
 
     def version(self) -> tuple[Any, ...]:
-        """Return what changes whenever something is stored: time and size of the store and of its write-ahead log."""
-        files = (self.store_path.with_name(self.store_path.name + ending) for ending in ("", "-wal"))
+        """Return what changes whenever something is stored: time and size of the store, of its log, of the results."""
+        files = (self.cache.folder / name for name in (STORE_FILE, f"{STORE_FILE}-wal", RESULTS))
         facts = (file.stat() for file in files if file.exists())
         return tuple((fact.st_mtime_ns, fact.st_size) for fact in facts)
 
     def refresh(self) -> None:
-        """Read explanations, headline scores and labels again where something new was stored."""
+        """Read results, explanations, headline scores and labels again where something new was stored."""
         if (now := self.version()) == self._version:
             return
+        self._read_results(self.cache.folder / RESULTS)
         self._version, store = now, self.store()
         self.explanations: dict[str, dict[int, Explanation]] = {}  # by explainer: the rules first, the control last
         self.scores: dict[tuple[str, str], dict[int, list[float | None]]] = {}  # value, lo, hi

@@ -210,9 +210,8 @@ def picture(rows: list[Row]) -> str:
             axis.imshow(number.scale * grid, aspect="auto", alpha=0.6, cmap="YlGn" if number.good >= 0 else "YlOrBr")
             axis.set_title(label(f"suite.{number.key}"), fontsize=9)
             axis.set_xticks(range(grid.shape[1]), map(str, grid.columns))
-            axis.set_yticks(
-                range(len(grid)), [f"{site} {width}" for site, width in grid.index] if axis is axes[0] else []
-            )
+            names = [f"{site} {width}" for site, width in grid.index] if axis is axes[0] else []
+            axis.set_yticks(range(len(grid)), names)
             axis.set_xlabel("layer")
 
     n_kinds = len(grids.groupby(["site", "d_sae"]))

@@ -17,8 +17,10 @@ import pytest
 from starlette.testclient import TestClient as Client
 
 from sae_italian.base.errors import UsageError
+from sae_italian.base.storage import write_json
 from sae_italian.browser import server
 from sae_italian.browser.server import HEADERS, MAX_BODY, bind
+from sae_italian.browser.source import RESULTS, LatentSource
 from sae_italian.cache import FeatureCache
 from sae_italian.cli import main
 from sae_italian.saes import load_sae
@@ -111,6 +113,21 @@ def test_new_scores_show_at_the_next_list(opened, mini, trained_sae, tmp_path):
             opened_store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         os.utime(store, ns=(1, 1))
         assert client.get("/api/rows").json()["explanation_it"][latent] == "nuova"
+
+
+def test_new_results_show_at_the_next_run_and_list(opened, mini, tmp_path):
+    folder = shutil.copytree(opened[0].cache.folder, tmp_path / "cache")
+    gold = dict.fromkeys(("label", "category", "n", "precision", "recall"), 1) | {"latent": 3, "f1": 0.9}
+    cache = FeatureCache.open(folder)
+    with TestClient(create_app(LatentSource(cache, mini.tokenizer)), base_url=ADDRESS) as client:
+        for value in (0.7, 0.8):
+            gold |= {"label": f"case={value}"}
+            results = {"autointerp": {"detection": {"value": value, "lo": None, "hi": None}}, "gold": [gold]}
+            write_json(folder / RESULTS, results)
+            assert client.get("/api/rows").json()["gold"][3][-1] == f"case={value}"
+            run = client.get("/api/run").json()["run"]
+            assert run["gold"][0]["label"] == f"case={value}"
+            assert {one["name"]: one["value"] for one in run["metrics"]}["detection"] == value
 
 
 # --- another SAE beside it -------------------------------------------------------------------------------------------------
@@ -248,6 +265,18 @@ def test_bodies_are_small_and_json(client):
     for body in (b'{"sentence": NaN}', b"[]", b'"a"', b"null"):
         said(client.post("/api/live/tokens", content=body, headers=headers), 422)
     assert client.post("/api/live/tokens", content=b'{"sentence": "\\ud800 a"}', headers=headers).status_code == 200
+
+
+def test_an_upload_that_is_broken_off_is_no_defect(opened, capfd):
+    app = create_app(*opened)
+    head = f"X-Token: {app.token}\r\nContent-Type: application/json\r\nContent-Length: 99"
+    with running(app) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as half:
+            half.sendall(f"POST /api/live/tokens HTTP/1.1\r\nHost: {host}\r\n{head}\r\n\r\n{{".encode())
+            assert httpx.get(f"{address}/api/run").status_code == 200  # by then the half is being read
+        assert httpx.get(f"{address}/api/run").status_code == 200
+    assert capfd.readouterr().err == ""
 
 
 def test_a_defect_shows_no_insides(opened, monkeypatch):
