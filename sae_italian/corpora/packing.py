@@ -31,7 +31,7 @@ MAX_BATCH = 2**20  # characters; a token's encoding takes some hundred bytes unt
 LANGUAGE_EVERY = 10  # documents; the share of Italian is measured on this sample
 BINS_PER_DECADE = 4
 _MARKS = re.compile("[\u0300-\u036f]+")  # accents that follow their letter, as macOS writes them
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_WORD = re.compile(r"[^\W_](?:[^\W_]+|[\u0300-\u036f\u00ad]|['’](?=[^\W_]))*")  # marks and soft hyphens part no word
 NO_DOCUMENT = np.iinfo(np.uint32).max  # the document index of BOS and separator tokens
 Tokens = Int32[np.ndarray, "3 tokens"]  # of a document: ids, and the characters [start, end) of its text
 

@@ -46,8 +46,9 @@ def test_a_folder_holds_the_result_its_text_and_its_pictures(tmp_path):
     written = (tmp_path / "shift.md").read_text(encoding="utf-8")
     assert written.startswith("# Title\n\n| name") and "![shift](shift.svg)\n\nMeans per token" in written
     assert (tmp_path / "shift.svg").read_text() == "<svg/>"
-    save_result(tmp_path / "bare", "other", {})
+    save_result(tmp_path / "bare", "other", {"sd": float("nan")})
     assert [path.name for path in (tmp_path / "bare").iterdir()] == ["other.json"]
+    assert json.loads((tmp_path / "bare" / "other.json").read_text())["sd"] is None
 
 
 def test_a_bar_or_a_new_line_in_a_cell_does_not_end_it():

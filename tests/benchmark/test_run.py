@@ -2,8 +2,10 @@
 
 import copy
 import json
+import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -340,6 +342,20 @@ def test_the_noise_of_seeds_is_that_of_the_mean_that_is_shown(scored):
     assert len(tasks) == 3 < len(entry.problems)
     assert np.mean(tasks) == pytest.approx(entry.estimate("auc_16").value)
     assert entry.reseed == pytest.approx(np.std(np.mean(tasks, axis=0), ddof=1))
+
+
+def test_what_one_draw_and_one_task_cannot_tell_is_a_dash_and_null_and_never_nan(scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(Entry, "reseed", np.nan)  # of `seeds=1`
+    entries = [
+        replace(one, problems=one.problems.iloc[:1].assign(lo=np.nan, match=np.nan)) for one in read_entries(scored[0])
+    ]
+    board = write(tmp_path, entries, scored[1])
+    place = board.head.index("Reseed noise (sd)")
+    assert [row[place] for row in board.rows] == ["-", "-"]
+    for file in tmp_path.rglob("*.*"):
+        assert not re.search(r"\bNaN|\bnan\b|\+nan", file.read_text(encoding="utf-8")), file
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["saes"]
+    assert rows[0]["reseed"] is None and rows[0]["match"] == {"value": None, "lo": None, "hi": None}
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="node is absent: apt-get install nodejs")

@@ -202,8 +202,7 @@ class LLMJudge(Asker):
         for size in dict.fromkeys((self.batch, 1)):
             todo = [i for i in order if said[i] < 0]
             batches = [todo[start : start + size] for start in range(0, len(todo), size)]
-            shown = [[examples[i] for i in batch] for batch in batches]
-            asked = [(self.prompts.judge(question, text, own), len(own)) for own in shown]
+            asked = [(self.prompts.judge(question, text, [examples[i] for i in own]), len(own)) for own in batches]
             answers = self._numbers(asked, question, self.prompts.list_key, 1)
             for batch, one in zip(batches, answers, strict=True):
                 said[batch], expected = one.value or (UNANSWERED if one.again else -1, None)
@@ -282,15 +281,13 @@ def run_beside(
     """
     from sae_italian.autointerp.llm.client import Client
 
-    path, random = cache.folder / STORE_FILE, []
+    path = cache.folder / STORE_FILE
     with Client(settings, path) as client:
         askers = _askers(client)
         run_autointerp(cache, model.tokenizer, config, store=path, sae=sae, **askers)
-        if control:
-            random = side_by_side(random_sae_control(cache, sae, model, config, **askers))
+        random = side_by_side(random_sae_control(cache, sae, model, config, **askers)) if control else []
     client.must_have_answered()
     with Store(path, {}) as store:
-        store.note({f"endpoint without {name}": f"{client.model}: {why}" for name, why in client.missing.items()})
         found = [e for explainer in askers["explainers"] for e in store.explanations(explainer.name).values()]
         spending = store.spending()
     n_foreign = sum(bool((explanation.notes or {}).get("wrong_language")) for explanation in found)
@@ -309,6 +306,5 @@ def run_beside(
         usd = "cost not known" if row["usd"] is None else f"${row['usd']:.4f}"
         lines.append(f"{name}, ever: {row['tokens_in'] or 0:,} tokens in, {row['tokens_out'] or 0:,} out, {usd}")
     lines += [f"the endpoint does without {feature}: {why}" for feature, why in client.missing.items()]
-    if n_foreign:
-        lines.append(f"{n_foreign} explanations are in another language than asked for (flagged)")
+    lines += [f"{n_foreign} explanations are in another language than asked for (flagged)"] * bool(n_foreign)
     return plain(facts), "\n".join(lines)

@@ -24,7 +24,7 @@ import openai
 
 from sae_italian.autointerp.llm import LLMSettings, calls
 from sae_italian.autointerp.llm.calls import Account, Reply, Request
-from sae_italian.autointerp.store import NO_ANSWER, connect
+from sae_italian.autointerp.store import NO_ANSWER, connect, insert
 from sae_italian.base.errors import UsageError
 from sae_italian.base.storage import utc_now
 
@@ -175,9 +175,8 @@ class Client:
         try:
             reply = self._kept(key)
             if reply is None:
-                tokens = self.counter(request.messages)
-                account = Account(self.price.usd(tokens, request.max_tokens) if self.price else 0.0)
-                reply = self._asked(request, account)
+                worst = self.price.usd(self.counter(request.messages), request.max_tokens) if self.price else 0.0
+                reply = self._asked(request, account := Account(worst))
                 self._keep(key, request, reply, account)
                 self.count("retries", n=max(0, account.attempts - 1))
                 self.count("asked")
@@ -186,8 +185,8 @@ class Client:
             else:
                 self.count("from ledger")
             self.count("cut", n=reply.finish == "length")
-            if request.logprobs and reply.text and reply.logprobs is None:
-                self.missing.setdefault("logprobs", "the answers carry none")
+            if request.logprobs and reply.text and not (reply.logprobs or "logprobs" in self.missing):
+                self._lacks({"logprobs": "the answers carry none"})
             return reply
         finally:
             with self._lock:
@@ -206,6 +205,13 @@ class Client:
         answered = {"status": reply.status, "reply": text, "created": utc_now()}
         with self._lock, self._ledger:
             self._ledger.execute(ADD_CALL, asdict(account) | asked | answered)
+
+    def _lacks(self, found: dict[str, str]) -> None:
+        """Note in the store what the server does without, at once: a rerun may have nothing left to ask it."""
+        self.missing |= found
+        notes = [(f"endpoint without {name}", f"{self.model}: {why}") for name, why in found.items()]
+        with self._lock, self._ledger:
+            insert(self._ledger, "run", notes, replace=True)
 
     def count(self, name: str, why: str = "", n: int = 1) -> None:
         """Count what became of a question or an answer, and why."""
@@ -226,7 +232,7 @@ class Client:
     def _asked(self, request: Request, account: Account) -> Reply:
         """Return what the server answers, after doing without what it refuses. Raises: BudgetReached, EndpointError."""
         self._local.asked, started = (request, account), time.monotonic()
-        blamed: list[str] = []
+        blamed: dict[str, str] = {}
         while True:
             wanted = self._wanted(request)
             most = self.settings.attempts if self._reached else min(self.settings.attempts, UNREACHED_ATTEMPTS)
@@ -246,6 +252,7 @@ class Client:
                 return self._failed(NO_ANSWER, why, account)
             else:
                 account.latency, self._in_vain = time.monotonic() - started, 0
+                self._lacks(blamed)
                 reply = calls.reply_of(self._local.body)
                 # a short key is a word ("test", "1") that an answer may well hold; who has that key has no secret
                 secret = self._key if len(self._key or "") >= 16 else None
@@ -297,7 +304,7 @@ class Client:
         instead |= {"messages": calls.without_system(request.messages)} if "messages" in refused else {}
         return {name: value for name, value in wanted.items() if name not in refused} | instead
 
-    def _do_without(self, wanted: dict[str, Any], status: int, said: str, blamed: list[str]) -> bool:
+    def _do_without(self, wanted: dict[str, Any], status: int, said: str, blamed: dict[str, str]) -> bool:
         """Find what the next try leaves out: what a refusal names, else schema and log-probabilities; False for nothing.
 
         Some servers answer 500 to a schema, so a question with one is asked once more without before it is given up.
@@ -308,12 +315,9 @@ class Client:
         sent = [name for name, (parameters, _) in OPTIONAL.items() if wanted.keys() & set(parameters)]
         named = [name for name in sent if name not in self.missing and any(w in lower for w in OPTIONAL[name][1])]
         unnamed = [name for name in ("schema", "logprobs") if name in sent][: 1 if status >= 500 else 2]
-        for name in [*named, *unnamed]:
-            if name not in blamed:
-                blamed.append(name)
-                self.missing[name] = f"HTTP {status}: {said}"
-                return True
-        return False
+        if found := next((name for name in [*named, *unnamed] if name not in blamed), None):
+            self.missing[found] = blamed[found] = f"HTTP {status}: {said}"
+        return found is not None
 
     def _refused(self, response: httpx2.Response, said: str, account: Account) -> Reply:
         """Return the reply that a refusal amounts to. Raises: EndpointError where no other question would fare better."""

@@ -29,14 +29,8 @@ function marksOf(run) {
     held = {};
     try { take(JSON.parse(prefs.get(key)) ?? {}); } catch { /* not ours */ }
   }
-  function found() { // a card that is open shows it too: what is typed there next is written as a whole
-    again();
-    marks.stale = true;
-    marks.star();
-    marks.boxes();
-  }
-  again();
-  for (const event of ["storage", "focus", "pageshow"]) window.addEventListener(event, found);
+  again(); // a card that is open shows it too: what is typed there next is written as a whole
+  for (const event of ["storage", "focus", "pageshow"]) window.addEventListener(event, () => { again(); marks.stale = true; marks.star(); marks.boxes(); });
   return Object.assign(marks, {
     of,
     put(latent, change) { again(); set(latent, change); keep(); marks.stale = true; },
@@ -76,8 +70,7 @@ function starButton(ctx, latent) {
     show();
   } }, STAR + " " + ctx.t("star"));
   const show = () => button.setAttribute("aria-pressed", String(ctx.marks.has(latent, STAR)));
-  show();
-  ctx.marks.star = show;
+  (ctx.marks.star = show)();
   return button;
 }
 
@@ -87,13 +80,10 @@ function notesPanel(ctx, latent) {
   const change = (made) => () => write(ctx, latent, made()); // with each letter: a page may be closed at any time
   const names = h("input", { type: "text", oninput: change(() => ({ lists: [...(ctx.marks.has(latent, STAR) ? [STAR] : []), ...written()] })) });
   const words = h("textarea", { rows: 2, oninput: change(() => ({ note: words.value.trim() })) });
-  const fill = () => { // what says the same stays as it is being typed
-    const { note } = ctx.marks.of(latent);
+  (ctx.marks.boxes = () => { // what says the same stays as it is being typed
     if (String(written()) !== String(own())) names.value = own().join(", ");
-    if (words.value.trim() !== note.trim()) words.value = note;
-  };
-  fill();
-  ctx.marks.boxes = fill;
+    if (words.value.trim() !== ctx.marks.of(latent).note.trim()) words.value = ctx.marks.of(latent).note;
+  })();
   return h("details", { class: "panel mine", open: Boolean(words.value || names.value) }, h("summary", {}, h("h3", {}, ctx.t("mine"))),
     h("p", { class: "note muted" }, ctx.t("mine.note")),
     h("label", {}, ctx.t("mine.lists"), names), h("label", {}, ctx.t("mine.words"), words));

@@ -165,27 +165,31 @@ def test_what_no_retry_mends_stops_at_once(client_of, status, words):
 
 
 @pytest.mark.parametrize("name", ["response_format", "logprobs"])
-def test_a_server_that_refuses_schemas_or_logprobs_is_asked_without(client_of, name):
+def test_a_server_that_refuses_schemas_or_logprobs_is_asked_without(client_of, name, tmp_path):
     questions = requests_of(6, schema={"type": "object"}, logprobs=True)
     with FakeEndpoint(echo, refuse=(name,)) as endpoint, client_of(endpoint, concurrency=1) as client:
         assert all(reply.ok for reply in client.ask(questions))
         assert len(endpoint.requests) == 7  # noticed once
         feature = "schema" if name == "response_format" else name
         assert name in client.missing[feature]
+        with Store(tmp_path / "store.sqlite", {}) as store:  # at once: whoever is killed here need not ask again
+            assert set(store.notes()) == {f"endpoint without {one}" for one in client.missing}
 
 
-def test_a_server_that_just_gives_no_logprobs_is_noticed_once(client_of):
+def test_a_server_that_just_gives_no_logprobs_is_noticed_once(client_of, tmp_path):
     questions = requests_of(4, logprobs=True)
     with FakeEndpoint(echo) as endpoint, client_of(endpoint, concurrency=1) as client:
         client.ask(questions)
         assert ["logprobs" in body for body in endpoint.requests] == [True, False, False, False]
         assert client.missing == {"logprobs": "the answers carry none"}
+        with Store(tmp_path / "store.sqlite", {}) as store:
+            assert store.notes() == {"endpoint without logprobs": f"{MODEL}: the answers carry none"}
         with client_of(endpoint) as rerun:  # and the answers without them are not asked again
             rerun.ask(questions)
             assert rerun.counts["asked"] == 0
 
 
-def test_a_request_that_is_refused_anyway_takes_no_feature_with_it(client_of):
+def test_a_request_that_is_refused_anyway_takes_no_feature_with_it(client_of, tmp_path):
     def fault(n, body):
         return "400" if "domanda 1" in str(body) else None
 
@@ -193,6 +197,8 @@ def test_a_request_that_is_refused_anyway_takes_no_feature_with_it(client_of):
         replies = client.ask(requests_of(3, schema={"type": "object"}))
         assert [reply.status.split(":")[0] for reply in replies] == ["ok", "rejected", "ok"]
         assert "response_format" in endpoint.requests[-1] and "schema" not in client.missing
+        with Store(tmp_path / "store.sqlite", {}) as store:
+            assert store.notes() == {}
 
 
 def test_the_schema_reaches_the_server_in_openai_s_form(client_of):
