@@ -278,8 +278,8 @@ def corpus_windows(
     source: str | None = None,
 ) -> Iterator[Windows]:
     """Yield windows of at most `n_tokens` tokens that count, a batch at a time. Raises: UsageError when there are none."""
-    size, stream = _windows_per_batch(model, context), iter_documents(corpus, split, text_column=text_column)
-    documents = stream if source is None else (document for document in stream if document.source == source)
+    size, every = _windows_per_batch(model, context), iter_documents(corpus, split, text_column=text_column)
+    documents = every if source is None else (document for document in every if document.source == source)
     blocks = pack(documents, model.tokenizer, context, windows_per_block=size)
     yield from windows_until(blocks, model.tokenizer, [n_tokens], f"the {split} split of {corpus}", at_most=True)
 

@@ -115,7 +115,7 @@ def causal_tree(
         raise UsageError(f"the SAEs read at {', '.join(hooks)}; give them in the order of layers, the target last.")
     written_directions(saes[-1][1], [latent])  # refuses a latent that there is not, before any text is read
     context = activations.check_context(context_size, model.config)
-    tokens = torch.cat([some.tokens for some in corpus_windows(model, corpus, context, n_tokens, "heldout")])
+    tokens = torch.cat([own.tokens for own in corpus_windows(model, corpus, context, n_tokens, "heldout")])
     reads = [read_many(model, some.to(model.device), hooks) for some in tokens.split(ROWS)]
     acts = {hook: torch.cat([read[hook].cpu() for read in reads]) for hook in hooks}
     root = _Growth(model, saes, hooks, tokens, acts, branches, n_contexts, seed).node(len(saes) - 1, latent, None)
@@ -170,14 +170,14 @@ class _Growth:
         return [(self.tokens[w, : p + 1], float(activation[w, p])) for w, p in sorted(chosen.items())]
 
     def _causes(self, level: int, latent: int, contexts: list[Context]) -> list[tuple[int, Estimate]]:
-        """Return the earlier latents that lower this one most in half of the contexts, with their mean drop in the rest."""
+        """Return the earlier latents that lower this one most in half of the contexts, with the drop in the rest."""
         what = f"{self.saes[level][0]} {latent}"
         parts = [self._falls(level, latent, *context) for context in paced(contexts, what, len(contexts), "context")]
         falls: Any = pd.concat(parts, axis=1).fillna(0.0).sort_index()  # [latents, contexts]
         half = len(contexts) // 2  # the largest of many is smaller where it was not chosen
         means = falls.iloc[:, : half or 1].mean(axis=1).nlargest(self.branches)
-        drops = falls.iloc[:, half:].loc
-        return [(int(other), mean_interval(drops[other].to_numpy())) for other in means.index[means > LEAST_DROP]]
+        causes = means.index[means > LEAST_DROP]
+        return [(int(other), mean_interval(falls.loc[other].to_numpy()[half:])) for other in causes]
 
     @torch.no_grad()
     def _falls(self, level: int, latent: int, tokens: Int[Tensor, " pos"], activation: float) -> pd.Series:

@@ -30,7 +30,7 @@ from sae_italian.models.activations import read_activations
 FEATURES = ("Gender", "Number", "Person", "Tense", "Mood", "VerbForm")
 COMBINED = (("Gender", "Number"), ("Person", "Number"), ("Mood", "Tense"))
 MICRO_DOCUMENTS = 600
-SECOND_WORDS = {"contracted": "DET", "clitic": "PRON"}  # of «della» and «vederla», by what MicroItaliano says of them
+SECOND_WORDS = {"contracted": "DET", "clitic": "PRON"}  # of «della» and «vederla», in MicroItaliano's words
 THRESHOLDS = (0.0, 0.25, 0.5)  # of a latent's maximum, above which it says yes
 _COLUMNS = 10
 TOKENS_PER_BATCH = 2048
@@ -261,7 +261,7 @@ def micro_words(model: Any, hook_name: str, n_documents: int, *, context_size: i
 def _tokenised(
     sentences: Sequence[Sentence], tokenizer: Any, context_size: int
 ) -> tuple[list[np.ndarray], list[Int[np.ndarray, "tokens 2"]]]:
-    """Return each sentence's ids, BOS first, cut to the context, and the spans of all its tokens but the BOS."""
+    """Return each sentence's ids, BOS first, cut to the context, and the spans of all but the BOS."""
     found = tokenise(tokenizer, [sentence.text for sentence in sentences])
     ids = [np.append(bos_id(tokenizer), tokens[0, : context_size - 1]).astype(np.int64) for tokens in found]
     return ids, [tokens[1:].T for tokens in found]

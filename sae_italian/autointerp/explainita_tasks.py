@@ -178,7 +178,7 @@ def evaluate_explanations(
         texts.append([str(latent.explanation) for latent in latents])
     layer = DEFAULT_LAYER if layer is None and model == DEFAULT_MODEL else layer
     try:
-        values = import_module("bert_score").score(*texts, model_type=model, num_layers=layer, verbose=False)
+        values = import_module("bert_score").score(*texts, model_type=model, num_layers=layer)
     except ImportError as error:
         raise UsageError("BERTScore needs bert-score. Install it: pip install 'sae-italian[bertscore]'.") from error
     except KeyError as error:

@@ -89,7 +89,7 @@ def kinds_of(word: str) -> tuple[str, ...]:
 def enclitic(word: str) -> str | None:
     """Return the pronouns that an infinitive or gerund ends in, e.g. `lo` of `vederlo`, `glielo`, or None.
 
-    Of the words that look like it, half are others (`capitale`, `diversi`): the lemmatiser tells them, where there is one.
+    Half of what looks like it is not (`capitale`, `diversi`): the lemmatiser tells, where there is one.
     """
     match = _ENCLITIC.search(word)
     return match[2] if match and match.start() and (not find_spec(LEXICON) or _without_clitic(word)) else None

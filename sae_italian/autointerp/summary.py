@@ -244,7 +244,7 @@ def means(path: Path, explainer: str, judges: Sequence[str], twin: Path | None =
             found = scores.values(*which)
             pairs = [(found[latent], detected[latent]) for latent in sorted(found.keys() & detected.keys())]
             ranks = rankdata(pairs or np.empty((0, 2)), axis=0)
-            theirs = of_twin.get((judge, *which), plain(NOTHING))
+            theirs: Any = of_twin.get((judge, *which), plain(NOTHING))
             row: dict[str, Any] = {
                 "judge": judge,
                 "scorer": which[0],

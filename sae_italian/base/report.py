@@ -115,8 +115,10 @@ def page(
         drawn = (pictures or {}).get(part, "")
         language = ' lang="it"' if part in italian else ""
         blocks.append(f"<div{language}>{drawn[drawn.index('<svg') :] if drawn else render(part)}</div>")
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = (
+        f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    )
     body = "\n".join([*blocks, f"<script>{script}</script>" if script else ""])
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 

@@ -340,10 +340,14 @@ def saebench(entry: Entry) -> dict[str, Any]:
     found = [detail["sae_metrics_by_k"] for detail in details]
     by_k = {k: pd.DataFrame([one[k] for one in found]).mean().to_dict() for k in found[0]}
     (train, test), names = entry.facts["most"], [detail["dataset_name"] for detail in details]
-    config = {"random_seed": 0, "dataset_names": names, "k_values": [int(k) for k in by_k]}
-    config |= {"probe_train_set_size": train, "probe_test_set_size": test, "model_name": entry.facts["model"] or ""}
-    headlines = {column: plain(entry.estimate(column)) for column in COLUMNS}
-    beside = {"headline": headlines, "problems": {p: _beside(row) for p, row in entry.problems.iterrows()}}
+    config = {
+        **{"random_seed": 0, "dataset_names": names, "k_values": [int(k) for k in by_k]},
+        **{"probe_train_set_size": train, "probe_test_set_size": test, "model_name": entry.facts["model"] or ""},
+    }
+    beside = {
+        "headline": {column: plain(entry.estimate(column)) for column in COLUMNS},
+        "problems": {problem: _beside(row) for problem, row in entry.problems.iterrows()},
+    }
     release, _, sae_id = entry.name.rpartition(":")
     return {
         "eval_type_id": EVAL_TYPE,

@@ -210,7 +210,7 @@ class FeatureCache:
 
     @cached_property
     def documents_read(self) -> int:
-        """How many documents have a token here: not those that are empty, or cut off with the last window."""
+        """How many documents have a token here: neither empty ones, nor what the last window cut off."""
         read = [np.unique(self.shard_tokens(shard.index)["doc"]) for shard in self.manifest.shards]
         return len(np.setdiff1d(np.concatenate([[NO_DOCUMENT], *read]), NO_DOCUMENT))
 

@@ -42,7 +42,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Token
     Raises: UsageError for a slow tokenizer, which has no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(f"{type(tokenizer).__name__} is a slow tokenizer, without offsets; give a fast one.")
+        raise UsageError(f"{type(tokenizer).__name__} is a slow tokenizer without offsets; give a fast one.")
     how: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
     found: Any = tokenizer(texts, **how, verbose=False) if texts else {"input_ids": [], "offset_mapping": []}
     both = zip(found["input_ids"], found["offset_mapping"], strict=True)

@@ -78,8 +78,8 @@ class RunLog:
         if SWEEP_ID not in os.environ:
             if not (out / WANDB_FILE).is_file():
                 write_json(out / WANDB_FILE, WandbRun(uuid.uuid4().hex[:8], spec.wandb_project)._asdict())
-            given["id"] = given["group"] = WandbRun.of(out).id  # exports of its latents join the group
-            given["name"] = config.logger.run_name
+            run = WandbRun.of(out).id  # exports of its latents join the group
+            given |= {"id": run, "group": run, "name": config.logger.run_name}
         if spec.wandb == "online":
             why = "nobody is logged in (`wandb login`)"
             if wandb.login(prompt=False, verify=False):

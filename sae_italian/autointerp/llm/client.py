@@ -207,7 +207,7 @@ class Client:
             self._ledger.execute(ADD_CALL, asdict(account) | asked | answered)
 
     def _lacks(self, found: dict[str, str]) -> None:
-        """Note in the store what the server does without, at once: a rerun may have nothing left to ask it."""
+        """Note in the store what the server lacks, at once: a rerun may have nothing left to ask it."""
         self.missing |= found
         notes = [(f"endpoint without {name}", f"{self.model}: {why}") for name, why in found.items()]
         with self._lock, self._ledger:

@@ -208,8 +208,10 @@ def _wandb(out: Path, latents: Latents, wanted: range, project: str | None, onli
     best = sorted(table, key=lambda row: -(row["detection"] or 0.0))[:N_CARDS]
     cards = (card_html(source.row(row["latent"]), source.card(row["latent"])) for row in best)
     page = "".join([list_html(source.run(), source.rows()), *cards])
-    settings: Any = {"settings": wandb.Settings(console="off", silent=True, reinit="create_new")}
-    settings["mode"] = "online" if online else "offline"
+    settings: Any = {
+        "settings": wandb.Settings(console="off", silent=True, reinit="create_new"),
+        "mode": "online" if online else "offline",
+    }
     with wandb.init(job_type="latents", name=source.run()["title"], **settings, **trained.joined(out)) as run:
         if trained.id and online:
             run.use_artifact(f"sae-{trained.id}:latest")  # what training sent: the lineage of these latents

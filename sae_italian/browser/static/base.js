@@ -96,12 +96,9 @@ function token(token, title) {
 function partName(part, language) {
   const [feature, value = ""] = part.split("=", 2);
   const name = feature.toLowerCase() === "upos" ? "pos" : feature.toLowerCase(); // as treebanks call it
-  // a value alone is one of several that make a gold label together: NOUN Fem Sing
-  const keys = value ? [`${name}=${value.toLowerCase()}`] : ["pos", "gender", "number"].map((one) => `${one}=${name}`);
-  const known = keys.map((key) => LABELS[`gold.${key}`]).find(Boolean);
-  if (known) return known[language === "it" ? 0 : 1];
-  if (name === "language" && value) return value; // as the corpora were named
-  return name === "lemma" && value ? `lemma «${value}»` : part;
+  const keys = value ? [`${name}=${value.toLowerCase()}`] : ["pos", "gender", "number"].map((one) => `${one}=${name}`); // NOUN Fem Sing
+  const known = keys.map((key) => LABELS[`gold.${key}`]).find(Boolean)?.[language === "it" ? 0 : 1];
+  return known ?? ((value && { lemma: `lemma «${value}»`, language: value }[name]) || part); // a language as its corpus is named
 }
 const labelName = (label, language) => label.split(/[ |+,]+/).filter(Boolean).map((part) => partName(part, language)).join(" ");
 
