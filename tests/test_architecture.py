@@ -15,7 +15,7 @@ from tests import house
 # What "thin" means (DESIGN.md): these numbers fall, and rise only where an issue names its room's lines. Where the house
 # is not yet as thin as DESIGN.md asks, the number is what stands here today and the comment is what it must come to.
 AT_MOST = {
-    "lines": 34_139,  # 21_500
+    "lines": 34_133,  # 21_500
     "statements": 21_997,  # 13_500
     "files": 146,  # 150
     "files under 60 lines": 15,
@@ -31,18 +31,18 @@ LEAST_AIR = 0.26  # share of docstrings and blank lines
 ROOM_LINES = {
     "base": 1_614,  # 650
     "micro_italiano": 1_109,  # 1_250
-    "models": 1_167,  # 760, and issue 16's GGUF files
+    "models": 1_166,  # 760, and issue 16's GGUF files
     "corpora": 1_666,  # 1_100
     "saes": 2_155,  # 1_300  # plugin with it; the formats and calibrated twins of issue 15 among it
     "training": 3_148,  # 1_500
     "evaluation": 1_153,
-    "cache": 2_039,  # 1_650
+    "cache": 2_038,  # 1_650
     "autointerp": 6_057,  # 3_900
     "analysis": 3_256,  # 2_500
     "circuits": 1_552,
-    "benchmark": 2_130,  # 1_200  # choosing k, seeds and absorption with it
-    "papers": 1_367,  # 1_400
-    "browser": 3_085,  # 2_650
+    "benchmark": 2_128,  # 1_200  # choosing k, seeds and absorption with it
+    "papers": 1_366,  # 1_400
+    "browser": 3_084,  # 2_650
     "cli": 2_585,  # 1_400  # quickstart with it
 }
 TOGETHER = {"plugin": "saes", "quickstart": "cli"}

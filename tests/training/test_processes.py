@@ -319,7 +319,7 @@ def test_ten_kills_at_random_moments(spec, two, tmp_path, monkeypatch, sharded):
 
 
 def refused_at(spec, out):
-    with pytest.raises(UsageError, match="fewer than the"):
+    with pytest.raises(UsageError, match="fills no window"):
         train(spec, out)
     return time.monotonic()
 
