@@ -1,7 +1,7 @@
 """Errors that a person can act on: what was expected, what was found, what to do next, in one line."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from numbers import Real
 
 
@@ -28,10 +28,10 @@ def check_whole(least: int, **given: object) -> None:
             raise UsageError(f"{name} is {value!r}; it must be {least} or more, a whole number.")
 
 
-def check_known(what: str, known: Iterable[str], *given: object) -> None:
+def check_known(what: str, known: Collection[str], *given: object) -> None:
     """Raise UsageError, with the nearest one, for the first name given that is not among the known ones."""
     for name in given:
-        if name not in list(known):
+        if name not in list(known):  # what cannot be hashed is asked for too
             raise UsageError(f"{what} {name!r:.80} is unknown. {nearest(name, known)}")
 
 
